@@ -1,0 +1,234 @@
+//go:build ignore
+
+// dataplane.c: the programs, each a list of stages. A stage returns a verdict; VERDICT_NEXT goes on to the next.
+#include "finish.h"
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";
+
+// established forwards a packet of a confirmed flow whose leg is current: one lookup. VERDICT_NEXT: it is not one.
+static __always_inline int established(struct __sk_buff *ctx, struct packet *p, __u32 ifindex_in)
+{
+	struct flow *f = bpf_map_lookup_elem(&caracal_flows, &p->key);
+	struct flow_leg *leg;
+	__u64 at;
+
+	if (!f)
+		return VERDICT_NEXT;
+	leg = p->side ? &f->leg[1] : &f->leg[0];
+	at = now();
+	if (unlikely(!current(leg, p, ifindex_in, at)))
+		return VERDICT_NEXT;
+	__builtin_memcpy(p->to.mac, leg->to.mac, 12);
+	*(__u64 *)&p->to = READ_ONCE(*(__u64 *)&leg->to);
+	account(ctx, leg, at);
+	return forward_stage(ctx, p);
+}
+
+// plain tells the packets that established() may take: those whose flow they cannot change.
+static __always_inline bool plain(struct __sk_buff *ctx, const struct packet *p)
+{
+	return !(p->flags & ~(PKT_FIRST_FRAGMENT | PKT_LATER_FRAGMENT)) &&
+	       !(p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)) && !p->sctp_chunk;
+}
+
+// learn keeps the pod's MAC address up to date, for packets that come out of the host's stack.
+static __always_inline void learn(struct __sk_buff *ctx, struct pod *pod)
+{
+	__u8 mac[6];
+
+	if (bpf_skb_load_bytes(ctx, 6, mac, 6) || mac[0] & 1)
+		return;
+	if (__builtin_memcmp(pod->mac, mac, 6))
+		__builtin_memcpy(pod->mac, mac, 6);
+}
+
+// from_pod_slow is everything but the established path: who is it, may it send this, where to, is it allowed.
+static __noinline int from_pod_slow(struct __sk_buff *ctx, struct packet *p, int parsed)
+{
+	__u32 ifindex = ctx->ifindex;
+	struct pod *pod = bpf_map_lookup_elem(&caracal_pods, &ifindex);
+	struct origin o = {};
+	int v;
+
+	if (!pod)
+		return DROP_INTERFACE;
+	o.self = &pod->slot[p->epoch & 1];
+	learn(ctx, pod);
+	if (parsed == STACK_ARP)
+		return arp_stage(ctx, pod, o.self);
+	if ((v = admit_stage(ctx, p, pod, o.self)))
+		return v;
+	if (p->flags & PKT_NO_PORTS)
+		return STACK_PROTOCOL;
+	if ((v = route_stage(p, o.self, &o.peer)))
+		return v;
+	if (p->flags & PKT_ICMP_ERROR) {
+		struct flow *f = quoted(ctx, p);
+
+		if (!f)
+			return DROP_ICMP_ERROR;
+		through(p, f);
+		return forward_stage(ctx, p);
+	}
+	o.ifindex = o.charged = ifindex;
+	o.entered = ENTERED_POD;
+	if ((v = track(ctx, p, &o)))
+		return v;
+	return forward_stage(ctx, p);
+}
+
+static __always_inline int from_pod_stages(struct __sk_buff *ctx, struct packet *p)
+{
+	struct state *s = node_state();
+	int v;
+
+	if (!s || s->version != SCHEMA_VERSION)
+		return DROP_NO_STATE;
+	p->epoch = READ_ONCE(s->epoch);
+	v = parse(ctx, p);
+	if (likely(!v) && likely(plain(ctx, p)) && likely(!ctx->pkt_type) && (v = established(ctx, p, ctx->ifindex)))
+		return v;
+	if (v && v != STACK_ARP)
+		return v;
+	return from_pod_slow(ctx, p, v);
+}
+
+// readdress gives a frame from the host's stack the MAC address that the pod has now.
+static __always_inline void readdress(struct __sk_buff *ctx, struct pod *pod)
+{
+	__u8 mac[6];
+
+	if (bpf_skb_load_bytes(ctx, 0, mac, 6) || mac[0] & 1 || !__builtin_memcmp(pod->mac, mac, 6))
+		return;
+	__builtin_memcpy(mac, pod->mac, 6);
+	bpf_skb_store_bytes(ctx, 0, mac, 6, 0);
+}
+
+static __noinline int to_pod_slow(struct __sk_buff *ctx, struct packet *p)
+{
+	__u32 ifindex = ctx->ifindex;
+	struct pod *pod = bpf_map_lookup_elem(&caracal_pods, &ifindex);
+	struct origin o = {};
+	struct route_key k = { .prefixlen = 128 };
+	struct route *r;
+	__u8 to[16] ADDRESS;
+	int v;
+
+	if (!pod)
+		return DROP_INTERFACE;
+	readdress(ctx, pod);
+	if (ctx->mark & mark_judged)
+		return FORWARD_JUDGED;
+	__builtin_memcpy(to, destination(p), 16);
+	if (is_multicast(to) || p->flags & PKT_NO_PORTS)
+		return FORWARD_FROM_STACK;
+	if (p->flags & PKT_ICMP_ERROR)
+		return !ctx->ingress_ifindex || quoted(ctx, p) ? FORWARD_FROM_STACK : DROP_ICMP_ERROR;
+	o.peer = &pod->slot[p->epoch & 1];
+	o.charged = ifindex;
+	o.entered = ctx->ingress_ifindex ? ENTERED_STACK : ENTERED_HOST;
+	if (ctx->ingress_ifindex) { // another pod of this node, after translation?
+		__builtin_memcpy(k.address, source(p), 16);
+		r = bpf_map_lookup_elem(&caracal_routes, &k);
+		if (r && r->kind == ROUTE_LOCAL_POD) {
+			__u32 from = r->ifindex;
+			struct pod *sender = bpf_map_lookup_elem(&caracal_pods, &from);
+
+			if (sender)
+				o.self = &sender->slot[p->epoch & 1];
+		}
+	}
+	p->to.forward = FORWARD_DELIVER;
+	if ((v = track(ctx, p, &o)))
+		return v;
+	return FORWARD_FROM_STACK;
+}
+
+static __always_inline int to_pod_stages(struct __sk_buff *ctx, struct packet *p)
+{
+	struct state *s = node_state();
+	int v;
+
+	if (!s || s->version != SCHEMA_VERSION)
+		return DROP_NO_STATE;
+	p->epoch = READ_ONCE(s->epoch);
+	v = parse(ctx, p);
+	if (v)
+		return v; // STACK_ARP passes
+	if (p->flags & PKT_ND)
+		return STACK_ARP;
+	return to_pod_slow(ctx, p);
+}
+
+SEC("tc")
+int from_pod(struct __sk_buff *ctx)
+{
+	struct packet p = { .hook = HOOK_FROM_POD };
+
+	return finish(ctx, &p, from_pod_stages(ctx, &p));
+}
+
+SEC("tc")
+int to_pod(struct __sk_buff *ctx)
+{
+	struct packet p = { .hook = HOOK_TO_POD };
+
+	return finish(ctx, &p, to_pod_stages(ctx, &p));
+}
+
+// What purge removes. Zero everywhere removes the expired flows only.
+struct purge_args {
+	__u8 address[POD_ADDRESSES][16] ADDRESS; // flows that one of these is an end of; unused ones are ::
+	__u32 all;                               // 1: every flow
+	__u32 pad;
+	__u64 removed; // out: how many went
+	__u64 now;     // set by purge
+};
+
+static __always_inline bool purged(const struct purge_args *a, const struct flow_key *k, const struct flow *f)
+{
+	if (a->all || expired(k, f, a->now))
+		return true;
+	for (int i = 0; i < POD_ADDRESSES; i++) {
+		if (!cwords(a->address[i])[0] && !cwords(a->address[i])[1])
+			continue;
+		if (same_address(a->address[i], k->address_a) || same_address(a->address[i], k->address_b))
+			return true;
+	}
+	return false;
+}
+
+static long purge_flow(void *map, struct flow_key *k, struct flow *f, struct purge_args *a)
+{
+	if (purged(a, k, f))
+		a->removed += remove_flow(k, f);
+	return 0;
+}
+
+static long purge_open(void *map, struct flow_key *k, struct flow *f, struct purge_args *a)
+{
+	if (purged(a, k, f) && !bpf_map_delete_elem(&caracal_opens, k))
+		a->removed++;
+	return 0;
+}
+
+// purge removes flows with their charges; user space runs it when a pod is gone.
+SEC("syscall")
+int purge(struct purge_args *args)
+{
+	struct purge_args a = *args;
+
+	a.now = bpf_ktime_get_ns(); // the same clock, finer
+	bpf_for_each_map_elem(&caracal_flows, purge_flow, &a, 0);
+	bpf_for_each_map_elem(&caracal_opens, purge_open, &a, 0);
+	args->removed = a.removed;
+	return 0;
+}
+
+// placeholder takes a TCX hook's place while an interface moves from clsact to TCX: the move waits for an RCU grace
+// period with this program, and the real one then takes over in an instant.
+SEC("tc")
+int placeholder(struct __sk_buff *ctx)
+{
+	return TC_ACT_UNSPEC;
+}

@@ -1,0 +1,39 @@
+// finish.h: the one exit. Every packet is counted here once, and its verdict becomes a TC action.
+#pragma once
+#include "admit.h"
+
+// finish counts and acts. "Pass" is TC_ACT_UNSPEC (= TCX_NEXT), so that other programs on the interface go on working.
+static __always_inline int finish(struct __sk_buff *ctx, const struct packet *p, int verdict)
+{
+	__u32 index = p->hook * VERDICT_SPACE + (verdict & (VERDICT_SPACE - 1));
+	struct count *c = bpf_map_lookup_elem(&caracal_counts, &index);
+
+	if (likely(c)) {
+		__u32 segments = ctx->gso_segs;
+
+		c->packets += segments ? segments : 1;
+		c->bytes += ctx->len;
+	}
+	switch (verdict) {
+	case FORWARD_POD:
+		return bpf_redirect_peer(p->to.ifindex, 0);
+	case ANSWER_ARP:
+	case ANSWER_ND:
+		return bpf_redirect(ctx->ifindex, 0);
+	case FORWARD_FROM_STACK:
+	case FORWARD_JUDGED:
+	case STACK_ROUTED:
+	case STACK_REPLY:
+	case STACK_SHAPED:
+	case STACK_TTL:
+	case STACK_MTU:
+	case STACK_OPTIONS:
+	case STACK_PROTOCOL:
+	case STACK_ARP:
+		if (p->mark)
+			ctx->mark |= mark_judged;
+		return TC_ACT_UNSPEC;
+	default:
+		return TC_ACT_SHOT;
+	}
+}

@@ -1,0 +1,186 @@
+// flow.h: the flow table: finding, expiring, confirming and removing flows.
+#pragma once
+#include "state.h"
+
+#define SLOT_TRIES 32             // places of caracal_slots that one insert looks at
+#define FRESH (5 * SECOND)        // a leg seen so recently belongs to a flow that no timeout has ended
+
+static __always_inline __u64 timeout(const struct flow_key *k, const struct flow *f)
+{
+	switch (f->state) {
+	case FLOW_OPENING:
+	case FLOW_ANSWERED:
+		return timeout_opening;
+	case FLOW_CLOSING:
+		return timeout_closing;
+	case FLOW_CLOSED:
+		return timeout_closed;
+	default:
+		return k->protocol == PROTO_TCP ? timeout_tcp : k->protocol == PROTO_UDP ? timeout_udp :
+		       k->protocol == PROTO_SCTP ? timeout_sctp : timeout_icmp;
+	}
+}
+
+static __always_inline bool expired(const struct flow_key *k, const struct flow *f, __u64 at)
+{
+	__u64 seen = f->leg[0].last_seen > f->leg[1].last_seen ? f->leg[0].last_seen : f->leg[1].last_seen;
+
+	return seen + timeout(k, f) < at;
+}
+
+// uncharge gives back what a removed flow took.
+static __always_inline void uncharge(__u32 charged)
+{
+	struct state *s = node_state();
+	struct quota *q;
+
+	if (s)
+		__sync_fetch_and_add(&s->flows, -1);
+	q = bpf_map_lookup_elem(&caracal_quota, &charged);
+	if (q)
+		__sync_fetch_and_add(&q->flows, -1);
+}
+
+// remove_flow removes a confirmed flow; of several removers at once one gives back its charge.
+static __noinline long remove_flow(struct flow_key *k, struct flow *f)
+{
+	__u32 charged = f->charged;
+
+	if (bpf_map_delete_elem(&caracal_flows, k))
+		return 0;
+	uncharge(charged);
+	return 1;
+}
+
+// take_slot finds a free place in caracal_slots, reclaiming expired flows on its way. Returns the place, or -1.
+static __noinline long take_slot(struct state *s, __u64 at)
+{
+	for (int i = 0; i < SLOT_TRIES; i++) {
+		__u32 slot = __sync_fetch_and_add(&s->hand, 1) % s->max_flows;
+		struct flow_key *k = bpf_map_lookup_elem(&caracal_slots, &slot);
+		struct flow *f;
+
+		if (!k)
+			return -1;
+		f = bpf_map_lookup_elem(&caracal_flows, k);
+		if (!f || f->slot != slot)
+			return slot;
+		if (expired(k, f, at) && remove_flow(k, f))
+			return slot;
+	}
+	return -1;
+}
+
+// charge checks, before a flow is opened, that it would have room. VERDICT_NEXT: it has.
+static __noinline int charge(__u32 pod, __u64 at)
+{
+	struct quota *q = bpf_map_lookup_elem(&caracal_quota, &pod);
+	struct state *s = node_state();
+
+	if (!s)
+		return DROP_NO_STATE;
+	if (q && q->flows >= q->limit) {
+		take_slot(s, at);
+		if (q->flows >= q->limit)
+			return DROP_QUOTA;
+	}
+	if (s->flows >= s->max_flows && take_slot(s, at) < 0)
+		return DROP_FLOWS_FULL;
+	return VERDICT_NEXT;
+}
+
+// confirm moves a flow from caracal_opens to caracal_flows.
+static __noinline int confirm(struct flow_key *k, struct flow *f, __u64 at)
+{
+	struct state *s = node_state();
+	struct flow_key *place;
+	struct quota *q;
+	struct flow copy;
+	long slot, err;
+	__u32 index;
+
+	if (!s)
+		return DROP_NO_STATE;
+	slot = take_slot(s, at);
+	if (slot < 0)
+		return DROP_FLOWS_FULL;
+	index = slot;
+	place = bpf_map_lookup_elem(&caracal_slots, &index);
+	if (!place)
+		return DROP_FLOWS_FULL;
+	copy = *f;
+	copy.slot = index;
+	copy.state = FLOW_OPEN;
+	// Count first: a remover on another CPU must never see the flow uncounted.
+	__sync_fetch_and_add(&s->flows, 1);
+	q = bpf_map_lookup_elem(&caracal_quota, &copy.charged);
+	if (q)
+		__sync_fetch_and_add(&q->flows, 1);
+	*place = *k;
+	err = bpf_map_update_elem(&caracal_flows, k, &copy, BPF_NOEXIST);
+	if (err)
+		uncharge(copy.charged);
+	if (err && err != -17 /* EEXIST: the other side's packet did it */)
+		return DROP_FLOWS_FULL;
+	bpf_map_delete_elem(&caracal_opens, k);
+	return VERDICT_NEXT;
+}
+
+// advance follows the flow's state with one packet. True: both sides have now confirmed it.
+static __always_inline bool advance(const struct packet *p, struct flow *f)
+{
+	bool reply = p->side != f->opener;
+
+	if (p->key.protocol == PROTO_TCP) {
+		if (p->tcp_flags & TCP_RST) {
+			f->state = FLOW_CLOSED;
+			return false;
+		}
+		if (p->tcp_flags & TCP_FIN) {
+			f->seen[p->side & 1] |= SEEN_FIN;
+			if (f->seen[0] & f->seen[1] & SEEN_FIN)
+				f->state = FLOW_CLOSING;
+		}
+		if (f->state == FLOW_OPENING && reply) {
+			if (!(p->tcp_flags & TCP_SYN))
+				return true;
+			f->state = FLOW_ANSWERED;
+		}
+		return f->state == FLOW_ANSWERED && !reply && !(p->tcp_flags & TCP_SYN);
+	}
+	if (p->key.protocol == PROTO_SCTP) { // RFC 9260 section 3.2: 6 ABORT, 14 SHUTDOWN COMPLETE
+		if (p->sctp_chunk == 6)
+			f->state = FLOW_CLOSED;
+		else if (p->sctp_chunk == 14)
+			f->state = FLOW_CLOSING;
+	}
+	return f->state == FLOW_OPENING && reply;
+}
+
+// account counts a packet on its leg. Flows count approximately: two CPUs on one leg may lose an increment.
+static __always_inline void account(struct __sk_buff *ctx, struct flow_leg *leg, __u64 at)
+{
+	__u32 segments = ctx->gso_segs;
+
+	leg->packets += segments ? segments : 1;
+	leg->bytes += ctx->len;
+	leg->last_seen = at;
+}
+
+// stamp makes a leg current: invalid first, the epoch last, so that no other CPU uses half of it.
+static __always_inline void stamp(struct flow_leg *leg, const struct packet *p, __u32 ifindex_in)
+{
+	WRITE_ONCE(leg->epoch, 0);
+	barrier();
+	leg->ifindex_in = ifindex_in;
+	__builtin_memcpy(leg->to.mac, p->to.mac, 12);
+	WRITE_ONCE(*(__u64 *)&leg->to, *(__u64 *)&p->to);
+	barrier();
+	WRITE_ONCE(leg->epoch, p->epoch);
+}
+
+// current tells whether a leg was judged in this epoch for packets that come this way.
+static __always_inline bool current(const struct flow_leg *leg, const struct packet *p, __u32 ifindex_in, __u64 at)
+{
+	return READ_ONCE(leg->epoch) == p->epoch && leg->ifindex_in == ifindex_in && at - leg->last_seen < FRESH;
+}

@@ -1,0 +1,79 @@
+// forward.h: the last decision before a packet leaves, and its rewriting.
+#pragma once
+#include "track.h"
+
+// oversize tells whether a packet does not fit the path. A GSO packet is judged by its segments.
+static __always_inline bool oversize(struct __sk_buff *ctx, const struct packet *p)
+{
+	if (likely(p->l3_len <= p->to.mtu))
+		return false;
+	if (!ctx->gso_size)
+		return true;
+
+	__u32 headers = p->l4_offset - ETH_HLEN + 8;
+
+	if (p->key.protocol == PROTO_TCP) {
+		__u8 doff;
+
+		if (bpf_skb_load_bytes(ctx, p->l4_offset + 12, &doff, 1))
+			return true;
+		headers += (doff >> 4) * 4 - 8;
+	}
+	return headers + ctx->gso_size > p->to.mtu;
+}
+
+// rewrite turns a packet into what a router sends on: new frame addresses, one hop fewer.
+static __always_inline int rewrite(struct __sk_buff *ctx, const struct packet *p)
+{
+	void *data = (void *)(long)ctx->data;
+	void *end = (void *)(long)ctx->data_end;
+
+	if (p->is_v6) {
+		struct ipv6hdr *ip = data + ETH_HLEN;
+
+		if ((void *)(ip + 1) > end)
+			return DROP_REWRITE;
+		ip->hop_limit--;
+		__builtin_memcpy(data, p->to.mac, 12);
+		// IPv6 has no header checksum to balance the change; matters only to CHECKSUM_COMPLETE.
+		bpf_csum_update(ctx, ~(__u32)bpf_htons(1));
+		return FORWARD_POD;
+	}
+
+	struct iphdr *ip = data + ETH_HLEN;
+	__u32 check;
+
+	if ((void *)(ip + 1) > end)
+		return DROP_REWRITE;
+	ip->ttl--;
+	check = (__u32)ip->check + bpf_htons(0x0100); // RFC 1141
+	ip->check = check + (check >= 0xffff);
+	__builtin_memcpy(data, p->to.mac, 12);
+	return FORWARD_POD;
+}
+
+// forward_stage sends a judged packet on by p->to. What needs more than a router's common work goes to the host's stack,
+// which has the same routes.
+static __always_inline int forward_stage(struct __sk_buff *ctx, struct packet *p)
+{
+	switch (p->to.forward) {
+	case FORWARD_TO_POD:
+		p->mark = 1; // for the ways out that follow
+		if (unlikely(p->flags & PKT_OPTIONS))
+			return STACK_OPTIONS;
+		if (unlikely(p->ttl <= 1))
+			return STACK_TTL;
+		if (unlikely(oversize(ctx, p)))
+			return STACK_MTU;
+		return rewrite(ctx, p);
+	case FORWARD_SHAPED:
+		p->mark = 1;
+		return STACK_SHAPED;
+	case FORWARD_REPLY:
+		return STACK_REPLY;
+	case FORWARD_DELIVER:
+		return FORWARD_FROM_STACK;
+	default:
+		return STACK_ROUTED;
+	}
+}

@@ -1,0 +1,250 @@
+// maps.h: every kernel map with its key and value. This is the schema; Go types and docs/maps.md are generated from it.
+#pragma once
+#include <linux/types.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+#include "verdict.h"
+
+#define SCHEMA_VERSION 1
+
+// An address is 16 bytes in wire order, IPv4 as v4-mapped IPv6 (::ffff:a.b.c.d, RFC 4291 section 2.5.5.2).
+#define ADDRESS __attribute__((aligned(8)))
+#define PACKED __attribute__((packed))
+
+#define POD_ADDRESSES 4
+#define POD_SHAPED 1 // leaves and arrives through its qdiscs, so through the host's stack
+
+// One version of a pod.
+struct pod_slot {
+	__u8 addresses[POD_ADDRESSES][16] ADDRESS; // allowed as source; unused ones are ::
+	__u32 policy_egress;                       // policy id for what the pod opens; 0: none applies
+	__u32 policy_ingress;                      // policy id for what is opened to the pod; 0: none applies
+	__u32 network;                             // FNV-1a hash of the network's name
+	__u16 mtu;                                 // of both ends of the veth, bytes of IP packet
+	__u16 flags;                               // POD_*
+};
+
+struct pod {
+	struct pod_slot slot[2]; // the epoch's lowest bit says which is in force
+	__u8 mac[6];             // the pod's end; from_pod writes it when the pod changes it
+	__u8 host_mac[6];        // the host's end: the pod's gateway
+	__u32 pad;
+};
+
+// caracal_pods: host veth ifindex -> the pod behind it.
+// Writer: plugin and agent (commit); from_pod (mac only). Reader: from_pod, to_pod, caracalctl pods.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 4096);
+	__type(key, __u32);
+	__type(value, struct pod);
+} caracal_pods SEC(".maps");
+
+enum PACKED route_kind {
+	ROUTE_NONE = 0,
+	ROUTE_LOCAL_POD, // ifindex is the pod's host veth
+	ROUTE_HOST,      // an address of this host: the host's stack
+	ROUTE_REMOTE,    // a block of another host, by next_hop
+	ROUTE_TUNNEL,    // a block of another host, encapsulated
+	ROUTE_POOL,      // inside a pool, in no known block
+	ROUTE_STACK,     // whatever the host's stack decides
+	ROUTE_BLACKHOLE, // inside one of this node's blocks, held by no pod
+};
+
+struct route_key {
+	__u32 prefixlen; // of the v4-mapped address: 96 + n for an IPv4 /n
+	__u8 address[16];
+};
+
+struct route {
+	enum route_kind kind;
+	__u8 flags;
+	__u16 mtu;           // bytes of IP packet; 0: the interface's
+	__u32 ifindex;       // out of which; 0: none
+	__u8 next_hop[16];   // :: where there is none
+};
+
+// caracal_routes: prefix -> how it is reached. No match means ROUTE_STACK.
+// Writer: plugin and agent (commit). Reader: from_pod, caracalctl routes.
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, 262144);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct route_key);
+	__type(value, struct route);
+} caracal_routes SEC(".maps");
+
+// The two directions of a flow in one key: (address_a, port_a) is the smaller, compared as native 64-bit words.
+struct flow_key {
+	__u8 address_a[16] ADDRESS;
+	__u8 address_b[16] ADDRESS;
+	__be16 port_a; // ICMP: the echo identifier, in both ports
+	__be16 port_b;
+	__u8 protocol; // IANA number
+	__u8 pad[3];
+};
+
+enum PACKED forward {
+	FORWARD_UNSET = 0,
+	FORWARD_TO_POD,      // redirect_peer to ifindex
+	FORWARD_TO_STACK,    // the host's stack, not judged for what comes after it
+	FORWARD_SHAPED,      // the host's stack, judged for both ends
+	FORWARD_REPLY,       // the host's stack, through which the flow was opened
+	FORWARD_DELIVER,     // to_pod: on to the pod
+};
+
+// Where a packet goes next. The first eight bytes are read and written as one word.
+struct next_hop {
+	__u32 ifindex;
+	__u16 mtu;
+	enum forward forward;
+	__u8 pad;
+	__u8 mac[6];     // destination of the frame
+	__u8 src_mac[6]; // source of the frame
+	__u32 pad2;
+};
+
+// One direction of a flow. It lies on a cache line of its own, because each direction has its CPU.
+struct flow_leg {
+	__u32 epoch;      // in which it was judged; 0: never. Written last.
+	__u32 ifindex_in; // by which its packets come; 0: out of the host's stack
+	struct next_hop to;
+	__u64 packets; // wire segments; approximate
+	__u64 bytes;   // of frames; approximate
+	__u64 last_seen; // CLOCK_MONOTONIC_COARSE, ns
+	__u64 pad;
+};
+
+enum PACKED flow_entry {
+	ENTERED_NONE = 0,
+	ENTERED_POD,   // first seen by from_pod
+	ENTERED_STACK, // first seen coming out of the host's stack, into which it answers
+	ENTERED_HOST,  // the same, sent by a process of this host: never judged
+};
+
+enum PACKED flow_state {
+	FLOW_NEW = 0,
+	FLOW_OPENING,  // only the opener was heard
+	FLOW_ANSWERED, // TCP: SYN and SYN-ACK
+	FLOW_OPEN,     // confirmed by both sides
+	FLOW_CLOSING,  // TCP: FIN from both; SCTP: shutdown complete
+	FLOW_CLOSED,   // TCP: RST; SCTP: ABORT
+};
+
+#define SEEN_FIN 1
+
+struct flow {
+	__u64 opened;         // CLOCK_MONOTONIC_COARSE, ns
+	__u32 rule_egress;    // rule that allowed it at the opener; 0: no policy applied
+	__u32 rule_ingress;   // rule that allowed it at the responder; 0: no policy applied
+	__u32 charged;        // ifindex of the pod whose quota it counts against
+	__u32 slot;           // its place in caracal_slots
+	enum flow_entry entered;
+	enum flow_state state;
+	__u8 opener;          // 0: side a opened it, 1: side b
+	__u8 seen[2];         // SEEN_* of side a and b
+	__u8 pad[11];
+	struct flow_leg leg[2]; // packets from side a, packets from side b
+};
+
+// caracal_flows: confirmed flows. Its elements are 256 bytes with the legs on cache lines of their own.
+// Never displaced by new ones: a full table refuses new flows, and inserting reclaims expired ones.
+// Writer: all hooks. Reader: all hooks, caracalctl flows.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 131072);
+	__type(key, struct flow_key);
+	__type(value, struct flow);
+} caracal_flows SEC(".maps");
+
+// caracal_opens: flows that only one side has confirmed. A flood of them displaces only its own kind.
+// Writer: all hooks. Reader: all hooks, caracalctl flows.
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 16384);
+	__type(key, struct flow_key);
+	__type(value, struct flow);
+} caracal_opens SEC(".maps");
+
+// caracal_slots: a ring with one place for each flow the table may hold. Inserting walks it and reclaims the
+// expired flows it meets, so expiry needs no agent. A place is free when no flow of that key claims it.
+// Writer: all hooks. Reader: all hooks.
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 131072);
+	__type(key, __u32);
+	__type(value, struct flow_key);
+} caracal_slots SEC(".maps");
+
+struct fragment_key {
+	__u8 source[16] ADDRESS;
+	__u8 destination[16] ADDRESS;
+	__u32 id; // as in the header
+	__u8 protocol;
+	__u8 pad[3];
+};
+
+struct fragment {
+	__be16 source_port;
+	__be16 destination_port;
+};
+
+// caracal_frags: the ports in the first fragment of a packet, for the other fragments.
+// Writer and reader: all hooks.
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, struct fragment_key);
+	__type(value, struct fragment);
+} caracal_frags SEC(".maps");
+
+struct quota {
+	__u32 flows; // confirmed flows that count against the pod now
+	__u32 limit; // how many may
+};
+
+// caracal_quota: host veth ifindex -> the pod's share of caracal_flows.
+// Writer: plugin (limit), all hooks (flows). Reader: all hooks, caracalctl pods.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 4096);
+	__type(key, __u32);
+	__type(value, struct quota);
+} caracal_quota SEC(".maps");
+
+struct count {
+	__u64 packets; // wire segments; exact
+	__u64 bytes;   // of frames; exact
+};
+
+// caracal_counts: hook * 64 + verdict -> how many packets left the pipeline so. Every packet is counted once at each hook.
+// Writer: all hooks. Reader: caracalctl counters.
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, HOOK_COUNT * VERDICT_SPACE);
+	__type(key, __u32);
+	__type(value, struct count);
+} caracal_counts SEC(".maps");
+
+struct state {
+	__u32 epoch;      // raised by every change; its lowest bit selects the slot in force. Never 0.
+	__u32 version;    // SCHEMA_VERSION
+	__u32 max_flows;  // places in caracal_slots
+	__u32 flows;      // confirmed flows now
+	__u32 hand;       // next place of caracal_slots to look at
+	__u32 pad;
+	__u8 node[32];    // the node's name, zero-terminated
+	__u8 build[8];    // which build of the programs is loaded
+};
+
+// caracal_state: one entry, also mapped into user space.
+// Writer: plugin and agent (epoch, by an atomic add), all hooks (flows, hand). Reader: all.
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct state);
+} caracal_state SEC(".maps");

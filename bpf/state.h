@@ -1,0 +1,27 @@
+// state.h: the node's one state entry, the clock and the settings that are fixed when the programs are loaded.
+#pragma once
+#include "parse.h"
+
+#define SECOND 1000000000ULL
+
+// Mark of packets that from_pod judged for both ends and left to the host's stack; to_pod lets them pass. A packet
+// loses its mark when it enters or leaves a pod, so no pod can set it.
+volatile const __u32 mark_judged = 0x00100000;
+
+// How long a flow may be silent, in ns, before its place is taken by a new one.
+volatile const __u64 timeout_opening = 30 * SECOND;
+volatile const __u64 timeout_tcp = 3600 * SECOND;
+volatile const __u64 timeout_udp = 120 * SECOND;
+volatile const __u64 timeout_icmp = 30 * SECOND;
+volatile const __u64 timeout_sctp = 3600 * SECOND;
+volatile const __u64 timeout_closing = 30 * SECOND;
+volatile const __u64 timeout_closed = 10 * SECOND;
+
+static __always_inline struct state *node_state(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&caracal_state, &zero);
+}
+
+static __always_inline __u64 now(void) { return bpf_ktime_get_coarse_ns(); }

@@ -1,0 +1,193 @@
+// Package commit puts pods into the kernel maps, in the order that never shows a packet half a change.
+// Callers hold the node lock.
+package commit
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+
+	"github.com/caracal-net/caracal/maps"
+)
+
+// ErrAddressTaken says that another pod of this node holds an address.
+var ErrAddressTaken = errors.New("address is held by another pod")
+
+// Pod is one attachment as the dataplane sees it.
+type Pod struct {
+	IfIndex int // of the host end of its veth
+	Addrs   []netip.Addr
+	MAC     net.HardwareAddr // of the pod's end
+	HostMAC net.HardwareAddr // of the host's end, the pod's gateway
+	MTU     int              // bytes of IP packet
+	Shaped  bool             // leaves and arrives through its qdiscs
+	Network string           // the network's name
+}
+
+// AddPod makes pod p known and reachable, and raises the epoch. Repeating it is fine. ErrAddressTaken when another
+// pod of this node holds one of the addresses; then nothing was changed.
+func AddPod(m *maps.Maps, p Pod) error {
+	for _, a := range p.Addrs {
+		if err := unclaimed(m, a, uint32(p.IfIndex)); err != nil {
+			return err
+		}
+	}
+	state, err := m.State()
+	if err != nil {
+		return err
+	}
+	// Half the table at most, so that one pod can't keep the others from opening flows.
+	if err := m.NewQuota(uint32(p.IfIndex), max(1, state.MaxFlows/2)); err != nil {
+		return err
+	}
+	if err := m.PutPod(want(p)); err != nil {
+		return err
+	}
+	for _, a := range p.Addrs {
+		if err := m.PutRoute(local(a, uint32(p.IfIndex))); err != nil {
+			return err
+		}
+	}
+	_, err = m.RaiseEpoch()
+	return err
+}
+
+// RemovePod removes pod p, its routes and its flows, and raises the epoch. What is missing is not an error, and a
+// route that another pod has taken over since stays.
+func RemovePod(m *maps.Maps, p Pod) error {
+	var errs []error
+	for _, a := range p.Addrs {
+		r, err := m.Route(single(a))
+		switch {
+		case errors.Is(err, maps.ErrNotFound):
+		case err != nil:
+			errs = append(errs, err)
+		case r.Kind == maps.RouteLocalPod && r.IfIndex == uint32(p.IfIndex):
+			errs = append(errs, m.RemoveRoute(r.Prefix))
+		}
+	}
+	errs = append(errs, m.RemovePod(uint32(p.IfIndex)))
+	_, err := m.RaiseEpoch()
+	errs = append(errs, err)
+	// Flows go last: until the epoch was raised a packet could have opened another.
+	_, err = m.PurgeFlows(p.Addrs)
+	errs = append(errs, err, m.RemoveQuota(uint32(p.IfIndex)))
+	return errors.Join(errs...)
+}
+
+// CheckPod compares what the maps hold for p with p. A MAC address that the pod changed itself is no difference.
+func CheckPod(m *maps.Maps, p Pod) error {
+	got, err := m.Pod(uint32(p.IfIndex))
+	if err != nil {
+		return err
+	}
+	w := want(p)
+	switch {
+	case !slices.Equal(got.Addresses, w.Addresses):
+		return fmt.Errorf("pod %d: addresses in caracal_pods are %v, not %v", p.IfIndex, got.Addresses, w.Addresses)
+	case got.MTU != w.MTU:
+		return fmt.Errorf("pod %d: MTU in caracal_pods is %d, not %d", p.IfIndex, got.MTU, w.MTU)
+	case got.Shaped != w.Shaped:
+		return fmt.Errorf("pod %d: shaped in caracal_pods is %t, not %t", p.IfIndex, got.Shaped, w.Shaped)
+	case got.Network != w.Network:
+		return fmt.Errorf("pod %d: network in caracal_pods is %d, not %d", p.IfIndex, got.Network, w.Network)
+	}
+	for _, a := range p.Addrs {
+		r, err := m.Route(single(a))
+		if err != nil {
+			return err
+		}
+		if w := local(a, uint32(p.IfIndex)); r != w {
+			return fmt.Errorf("route to %s in caracal_routes is %v by interface %d, not %v by %d", a, r.Kind, r.IfIndex, w.Kind, w.IfIndex)
+		}
+	}
+	return nil
+}
+
+// SetNode makes the routes of the node itself (its own addresses; its blocks as blackholes) equal to what is given,
+// and raises the epoch if that changed any. Routes that are no longer wanted are looked for only when one is missing,
+// because that takes a walk over all routes.
+func SetNode(m *maps.Maps, host []netip.Addr, blocks []netip.Prefix) error {
+	wanted := make(map[netip.Prefix]maps.RouteKind)
+	for _, a := range host {
+		wanted[single(a)] = maps.RouteHost
+	}
+	for _, b := range blocks {
+		wanted[b.Masked()] = maps.RouteBlackhole
+	}
+	missing := false
+	for p, kind := range wanted {
+		r, err := m.Route(p)
+		missing = missing || err != nil || r.Kind != kind
+	}
+	if !missing {
+		return nil
+	}
+	return replaceNode(m, wanted)
+}
+
+func replaceNode(m *maps.Maps, wanted map[netip.Prefix]maps.RouteKind) error {
+	routes, err := m.Routes()
+	if err != nil {
+		return err
+	}
+	changed := false
+	for _, r := range routes {
+		if r.Kind != maps.RouteHost && r.Kind != maps.RouteBlackhole {
+			continue
+		}
+		if wanted[r.Prefix] == r.Kind {
+			delete(wanted, r.Prefix)
+			continue
+		}
+		changed = true
+		if err := m.RemoveRoute(r.Prefix); err != nil {
+			return err
+		}
+	}
+	for p, kind := range wanted {
+		changed = true
+		if err := m.PutRoute(maps.Route{Prefix: p, Kind: kind}); err != nil {
+			return err
+		}
+	}
+	if !changed {
+		return nil
+	}
+	_, err = m.RaiseEpoch()
+	return err
+}
+
+// unclaimed: nil when no other living pod holds address a.
+func unclaimed(m *maps.Maps, a netip.Addr, ifindex uint32) error {
+	r, err := m.Route(single(a))
+	if errors.Is(err, maps.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if r.Kind != maps.RouteLocalPod || r.IfIndex == ifindex {
+		return nil
+	}
+	if _, err := m.Pod(r.IfIndex); errors.Is(err, maps.ErrNotFound) {
+		return nil
+	}
+	return fmt.Errorf("%s: %w, behind interface %d", a, ErrAddressTaken, r.IfIndex)
+}
+
+func want(p Pod) maps.Pod {
+	return maps.Pod{
+		IfIndex: uint32(p.IfIndex), Addresses: p.Addrs, Network: maps.NetworkID(p.Network),
+		MTU: uint16(p.MTU), Shaped: p.Shaped, MAC: p.MAC, HostMAC: p.HostMAC,
+	}
+}
+
+func local(a netip.Addr, ifindex uint32) maps.Route {
+	return maps.Route{Prefix: single(a), Kind: maps.RouteLocalPod, IfIndex: ifindex}
+}
+
+// single is the prefix that holds one address.
+func single(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }

@@ -1,0 +1,278 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
+	"github.com/caracal-net/caracal/bpf"
+	"github.com/caracal-net/caracal/internal/tc"
+)
+
+// Mode says how programs get onto an interface.
+type Mode int
+
+const (
+	// Quick attaches in a few hundred microseconds by clsact; Settle moves the interface to TCX later.
+	Quick Mode = iota
+	// TCX attaches by TCX links, which takes an RCU grace period a hook (about 10 ms); clsact where the kernel has none.
+	TCX
+)
+
+// How an interface carries its programs, as Attached says it.
+const (
+	ByTCX    = "tcx"
+	ByClsact = "clsact"
+)
+
+// hooks are the places of an interface and their programs.
+var hooks = []struct {
+	program string
+	tcx     ebpf.AttachType
+	clsact  tc.Direction
+}{
+	{bpf.DataplaneProgFromPod, ebpf.AttachTCXIngress, tc.Ingress},
+	{bpf.DataplaneProgToPod, ebpf.AttachTCXEgress, tc.Egress},
+}
+
+// probeTCX asks the kernel for a TCX hook of an interface that does not exist: only one that knows TCX looks for it.
+func probeTCX() bool {
+	_, err := link.QueryPrograms(link.QueryOptions{Target: 1, Attach: ebpf.AttachTCXIngress})
+	return err == nil || errors.Is(err, unix.ENOENT)
+}
+
+// Attach puts from_pod and to_pod onto the host end of a pod's veth. An interface that carries them already gets the
+// pinned ones; what a dead interface of that name left is replaced.
+func Attach(dir, ifname string, ifindex int, mode Mode) error {
+	for _, h := range hooks {
+		if err := attach(dir, ifname, ifindex, h.program, h.tcx, h.clsact, mode); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func attach(dir, ifname string, ifindex int, program string, hook ebpf.AttachType, d tc.Direction, mode Mode) error {
+	p, err := openProgram(dir, program)
+	if err != nil {
+		return err
+	}
+	defer p.Close()
+
+	l, err := openLink(dir, ifname, program, ifindex)
+	if err != nil {
+		return err
+	}
+	if l != nil {
+		defer l.Close()
+		return update(l, p, ifname)
+	}
+	if mode == TCX && HasTCX() {
+		return attachTCX(dir, ifname, ifindex, program, hook, p)
+	}
+	if err := tc.AddClsact(ifindex); err != nil {
+		return err
+	}
+	return tc.Attach(ifindex, d, program, p.FD())
+}
+
+func attachTCX(dir, ifname string, ifindex int, program string, hook ebpf.AttachType, p *ebpf.Program) error {
+	l, err := link.AttachTCX(link.TCXOptions{Interface: ifindex, Program: p, Attach: hook})
+	if err != nil {
+		return fmt.Errorf("attach %s to %s by TCX: %w", program, ifname, err)
+	}
+	defer l.Close()
+	if err := l.Pin(bpf.LinkPath(dir, ifname, program)); err != nil {
+		return fmt.Errorf("pin link of %s to %s: %w", program, ifname, err)
+	}
+	return nil
+}
+
+func update(l link.Link, p *ebpf.Program, ifname string) error {
+	if err := l.Update(p); err != nil {
+		return fmt.Errorf("update program of %s: %w", ifname, err)
+	}
+	return nil
+}
+
+// Attached says how both programs are attached, ByTCX or ByClsact, or what is missing or not the pinned program, as
+// an error.
+func Attached(dir, ifname string, ifindex int) (string, error) {
+	how := ""
+	for _, h := range hooks {
+		want, err := programID(dir, h.program)
+		if err != nil {
+			return "", err
+		}
+		got, by, err := attached(dir, ifname, ifindex, h.program, h.clsact)
+		switch {
+		case err != nil:
+			return "", err
+		case by == "":
+			return "", fmt.Errorf("program %s is not attached to %s", h.program, ifname)
+		case got != want:
+			return "", fmt.Errorf("program %s on %s has id %d, pinned is %d", h.program, ifname, got, want)
+		}
+		if how == "" || by == ByClsact {
+			how = by
+		}
+	}
+	return how, nil
+}
+
+// attached returns the id of the program on one hook and how it got there, "" when it is not.
+func attached(dir, ifname string, ifindex int, program string, d tc.Direction) (ebpf.ProgramID, string, error) {
+	l, err := openLink(dir, ifname, program, ifindex)
+	if err != nil {
+		return 0, "", err
+	}
+	if l != nil {
+		defer l.Close()
+		info, err := l.Info()
+		if err != nil {
+			return 0, "", fmt.Errorf("read link of %s: %w", ifname, err)
+		}
+		return info.Program, ByTCX, nil
+	}
+	id, err := tc.Attached(ifindex, d)
+	if err != nil || id == 0 {
+		return 0, "", err
+	}
+	return ebpf.ProgramID(id), ByClsact, nil
+}
+
+// Settle moves an interface from clsact to TCX. There is no moment without a program: a placeholder waits out the
+// RCU grace period on the TCX hook, then the real program takes its place and the filter goes. Between these two
+// calls a packet that is left to the host's stack may be counted twice. Nothing to do is not an error.
+func Settle(dir, ifname string, ifindex int) error {
+	if !HasTCX() {
+		return nil
+	}
+	for _, h := range hooks {
+		if err := settle(dir, ifname, ifindex, h.program, h.tcx, h.clsact); err != nil {
+			return err
+		}
+	}
+	return tc.RemoveClsact(ifindex)
+}
+
+func settle(dir, ifname string, ifindex int, program string, hook ebpf.AttachType, d tc.Direction) error {
+	l, err := openLink(dir, ifname, program, ifindex)
+	if err != nil {
+		return err
+	}
+	if l == nil {
+		wait, err := openProgram(dir, bpf.DataplaneProgPlaceholder)
+		if err != nil {
+			return err
+		}
+		defer wait.Close()
+		if err := attachTCX(dir, ifname, ifindex, program, hook, wait); err != nil {
+			return err
+		}
+		if l, err = openLink(dir, ifname, program, ifindex); err != nil {
+			return err
+		}
+		if l == nil {
+			return fmt.Errorf("settle %s: interface went away", ifname)
+		}
+	}
+	defer l.Close()
+	p, err := openProgram(dir, program)
+	if err != nil {
+		return err
+	}
+	defer p.Close()
+	if err := update(l, p, ifname); err != nil {
+		return err
+	}
+	return tc.Detach(ifindex, d)
+}
+
+// Detach removes the pins of an interface's links. On an interface that lives this detaches the programs, which
+// takes an RCU grace period each; so remove the interface first. No pins are not an error.
+func Detach(dir, ifname string) error {
+	for _, h := range hooks {
+		if err := os.Remove(bpf.LinkPath(dir, ifname, h.program)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove link pin: %w", err)
+		}
+	}
+	return nil
+}
+
+// Links lists the interface names that have link pins in dir, each once, sorted.
+func Links(dir string) ([]string, error) {
+	entries, err := os.ReadDir(bpf.LinksDir(dir))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list links: %w", err)
+	}
+	var names []string
+	for _, e := range entries {
+		for _, h := range hooks {
+			if name, ok := bpf.LinkInterface(e.Name(), h.program); ok && !slices.Contains(names, name) {
+				names = append(names, name)
+			}
+		}
+	}
+	return names, nil
+}
+
+// openLink opens the pinned link of one hook, or returns nil when there is none for this very interface: a link whose
+// interface is gone (defunct), or another one of the same name, counts as absent and its pin is removed.
+func openLink(dir, ifname, program string, ifindex int) (link.Link, error) {
+	path := bpf.LinkPath(dir, ifname, program)
+	l, err := link.LoadPinnedLink(path, nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open link %s: %w", path, err)
+	}
+	info, err := l.Info()
+	if err != nil {
+		l.Close()
+		return nil, fmt.Errorf("read link %s: %w", path, err)
+	}
+	if t := info.TCX(); t != nil && int(t.Ifindex) == ifindex {
+		return l, nil
+	}
+	l.Close()
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("remove stale link pin: %w", err)
+	}
+	return nil, nil
+}
+
+func openProgram(dir, name string) (*ebpf.Program, error) {
+	p, err := ebpf.LoadPinnedProgram(bpf.ProgramPath(dir, name), nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("open program %s in %s: %w", name, dir, ErrNotLoaded)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open program %s in %s: %w", name, dir, err)
+	}
+	return p, nil
+}
+
+func programID(dir, name string) (ebpf.ProgramID, error) {
+	p, err := openProgram(dir, name)
+	if err != nil {
+		return 0, err
+	}
+	defer p.Close()
+	info, err := p.Info()
+	if err != nil {
+		return 0, fmt.Errorf("read program %s: %w", name, err)
+	}
+	id, _ := info.ID()
+	return id, nil
+}

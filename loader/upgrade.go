@@ -1,0 +1,127 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
+	"github.com/caracal-net/caracal/bpf"
+	"github.com/caracal-net/caracal/internal/tc"
+)
+
+// Upgrade replaces the programs of a running node by those in this binary, on its existing maps, so that flows go on:
+// every interface's link is updated in one step and no packet meets no program. Errors: ErrNotLoaded, ErrVersion when
+// the maps have another layout; then nothing was changed.
+func Upgrade(cfg Config) error {
+	if err := checkPinned(cfg.Dir); err != nil {
+		return err
+	}
+	pinned := make(map[string]*ebpf.Map)
+	defer func() {
+		for _, m := range pinned {
+			m.Close()
+		}
+	}()
+	for name := range bpf.Maps(&bpf.DataplaneObjects{}) {
+		m, err := ebpf.LoadPinnedMap(bpf.MapPath(cfg.Dir, name), nil)
+		if err != nil {
+			return fmt.Errorf("open pinned map %s: %w", name, err)
+		}
+		pinned[name] = m
+	}
+	objects, err := load(cfg, pinned)
+	if err != nil {
+		return err
+	}
+	defer objects.Close()
+
+	// First the pins, so that interfaces attached from now on get the new programs; then the interfaces there are.
+	for name, p := range bpf.Programs(objects) {
+		if err := replacePin(p, bpf.ProgramPath(cfg.Dir, name)); err != nil {
+			return err
+		}
+	}
+	if err := writeBuild(objects.CaracalState); err != nil {
+		return err
+	}
+	return updateAll(cfg.Dir, objects)
+}
+
+// replacePin pins p at path in one step, whatever was pinned there.
+func replacePin(p *ebpf.Program, path string) error {
+	aside := fmt.Sprintf("%s-%d", path, os.Getpid())
+	if err := p.Pin(aside); err != nil {
+		return fmt.Errorf("pin %s: %w", aside, err)
+	}
+	if err := os.Rename(aside, path); err != nil {
+		os.Remove(aside)
+		return fmt.Errorf("replace pin: %w", err)
+	}
+	return nil
+}
+
+// updateAll puts the new programs onto every interface that caracal_pods knows.
+func updateAll(dir string, objects *bpf.DataplaneObjects) error {
+	names, err := Links(dir)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		for _, h := range hooks {
+			if err := updateLink(bpf.LinkPath(dir, name, h.program), bpf.Programs(objects)[h.program]); err != nil {
+				return fmt.Errorf("upgrade %s: %w", name, err)
+			}
+		}
+	}
+	var ifindex uint32
+	var pod bpf.DataplanePod
+	pods := objects.CaracalPods.Iterate()
+	for pods.Next(&ifindex, &pod) {
+		for _, h := range hooks {
+			id, err := tc.Attached(int(ifindex), h.clsact)
+			if err != nil {
+				return err
+			}
+			if id == 0 {
+				continue
+			}
+			if err := tc.Attach(int(ifindex), h.clsact, h.program, bpf.Programs(objects)[h.program].FD()); err != nil {
+				return err
+			}
+		}
+	}
+	return pods.Err()
+}
+
+func updateLink(path string, p *ebpf.Program) error {
+	l, err := link.LoadPinnedLink(path, nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	if err := l.Update(p); err != nil && !errors.Is(err, unix.ENOLINK) {
+		return fmt.Errorf("update link %s: %w", path, err)
+	}
+	return nil
+}
+
+// writeBuild changes the build in the state, nothing else: the entry is mapped, so no other field is written back.
+func writeBuild(m *ebpf.Map) error {
+	memory, err := m.Memory()
+	if err != nil {
+		return fmt.Errorf("map state: %w", err)
+	}
+	build := Build()
+	if _, err := memory.WriteAt(build[:], int64(bpf.StateBuildOffset)); err != nil {
+		return fmt.Errorf("write build: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,160 @@
+package maps
+
+import (
+	"cmp"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/caracal-net/caracal/bpf"
+)
+
+// Flow is an entry of caracal_flows, or of caracal_opens while only its opener was heard.
+type Flow struct {
+	Protocol  string         `json:"protocol"`
+	Opener    netip.AddrPort `json:"opener"`
+	Responder netip.AddrPort `json:"responder"`
+	State     string         `json:"state"`   // opening, answered, open, closing, closed
+	Entered   string         `json:"entered"` // pod, stack, host
+	Confirmed bool           `json:"confirmed"`
+	Age       time.Duration  `json:"age"`      // since it was opened, ns
+	Idle      time.Duration  `json:"idle"`     // since its last packet, ns
+	Sent      Leg            `json:"sent"`     // by the opener
+	Received  Leg            `json:"received"` // by the opener
+}
+
+// Leg is one direction of a flow.
+type Leg struct {
+	Epoch   uint32 `json:"epoch"`   // in which it was judged; 0: it saw no packet
+	IfIndex uint32 `json:"ifindex"` // by which its packets come; 0: the host's stack
+	Forward string `json:"forward"`
+	Packets uint64 `json:"packets"`
+	Bytes   uint64 `json:"bytes"`
+}
+
+var (
+	protocols = map[uint8]string{1: "icmp", 6: "tcp", 17: "udp", 58: "icmpv6", 132: "sctp"}
+	states    = []string{"new", "opening", "answered", "open", "closing", "closed"}
+	entries   = []string{"none", "pod", "stack", "host"}
+	forwards  = []string{"unset", "pod", "stack", "shaped", "reply", "deliver"}
+)
+
+func word[T ~uint8](words []string, v T) string {
+	if int(v) < len(words) {
+		return words[v]
+	}
+	return strconv.Itoa(int(v))
+}
+
+// Flows lists all flows, confirmed ones first, by protocol and opener. A flow that changes while it is listed may be
+// seen twice or not at all.
+func (m *Maps) Flows() ([]Flow, error) {
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC_COARSE, &now); err != nil {
+		return nil, fmt.Errorf("read clock: %w", err)
+	}
+	at := uint64(now.Nano())
+	confirmed, err := list(m.flows, at, true)
+	if err != nil {
+		return nil, err
+	}
+	opening, err := list(m.opens, at, false)
+	return append(confirmed, opening...), err
+}
+
+func list(m *ebpf.Map, at uint64, confirmed bool) ([]Flow, error) {
+	var (
+		flows []Flow
+		key   bpf.DataplaneFlowKey
+		value bpf.DataplaneFlow
+	)
+	all := m.Iterate()
+	for all.Next(&key, &value) {
+		f := decodeFlow(&key, &value, at)
+		f.Confirmed = confirmed
+		flows = append(flows, f)
+	}
+	if err := all.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
+		return nil, fmt.Errorf("list flows: %w", err)
+	}
+	slices.SortFunc(flows, func(a, b Flow) int {
+		return cmp.Or(cmp.Compare(a.Protocol, b.Protocol), a.Opener.Compare(b.Opener), a.Responder.Compare(b.Responder))
+	})
+	return flows, nil
+}
+
+func decodeFlow(k *bpf.DataplaneFlowKey, v *bpf.DataplaneFlow, at uint64) Flow {
+	a := netip.AddrPortFrom(FromAddress(k.AddressA), port(k.PortA))
+	b := netip.AddrPortFrom(FromAddress(k.AddressB), port(k.PortB))
+	opener := v.Opener & 1
+	if opener == 1 {
+		a, b = b, a
+	}
+	name, ok := protocols[k.Protocol]
+	if !ok {
+		name = strconv.Itoa(int(k.Protocol))
+	}
+	seen := max(v.Leg[0].LastSeen, v.Leg[1].LastSeen)
+	return Flow{
+		Protocol: name, Opener: a, Responder: b,
+		State: word(states, v.State), Entered: word(entries, v.Entered),
+		Age: since(at, v.Opened), Idle: since(at, seen),
+		Sent: decodeLeg(&v.Leg[opener]), Received: decodeLeg(&v.Leg[opener^1]),
+	}
+}
+
+func decodeLeg(l *bpf.DataplaneFlowLeg) Leg {
+	return Leg{Epoch: l.Epoch, IfIndex: l.IfindexIn, Forward: word(forwards, l.To.Forward), Packets: l.Packets, Bytes: l.Bytes}
+}
+
+func since(at, then uint64) time.Duration {
+	if then > at {
+		return 0
+	}
+	return time.Duration(at - then)
+}
+
+// port turns a port as it lies in memory, in wire order, into a number.
+func port(raw uint16) uint16 {
+	var b [2]byte
+	binary.NativeEndian.PutUint16(b[:], raw)
+	return binary.BigEndian.Uint16(b[:])
+}
+
+// PurgeFlows removes the flows that one of the addresses is an end of, and all expired ones, and returns how many.
+// The kernel does it, so that what they count against stays right. At most PodAddresses addresses.
+func (m *Maps) PurgeFlows(addrs []netip.Addr) (int, error) {
+	if len(addrs) > PodAddresses {
+		return 0, fmt.Errorf("purge flows of %d addresses: at most %d", len(addrs), PodAddresses)
+	}
+	p, err := ebpf.LoadPinnedProgram(bpf.ProgramPath(m.dir, bpf.DataplaneProgPurge), nil)
+	if err != nil {
+		return 0, fmt.Errorf("open program purge: %w", err)
+	}
+	defer p.Close()
+	var args bpf.DataplanePurgeArgs
+	for i, a := range addrs {
+		args.Address[i] = Address(a)
+	}
+	total := 0
+	// A walk over a hash table that loses elements can miss some: repeat until one finds none.
+	for range 10 {
+		args.Removed = 0
+		out := args
+		if _, err := p.Run(&ebpf.RunOptions{Context: args, ContextOut: &out}); err != nil {
+			return total, fmt.Errorf("purge flows: %w", err)
+		}
+		if out.Removed == 0 {
+			return total, nil
+		}
+		total += int(out.Removed)
+	}
+	return total, nil
+}
