@@ -76,9 +76,10 @@ func (l *Lab) tearDown(ctx context.Context) error {
 			errs = append(errs, err)
 		}
 	}
-	// Pins by hand: a copy of the mount in another mount namespace would keep them alive.
+	// Pins by hand: a copy of the mount in another mount namespace would keep them alive. The kernel's own preloaded
+	// iterators (maps.debug, progs.debug) cannot be unlinked and go with the mount.
 	if isBPF(l.bpfDir()) {
-		errs = append(errs, removeChildren(l.bpfDir()))
+		errs = append(errs, removeChildren(l.bpfDir(), "maps.debug", "progs.debug"))
 	}
 	errs = append(errs, unmountBelow(l.Dir))
 	if err := errors.Join(errs...); err != nil {
@@ -296,6 +297,16 @@ func labProcesses(lab string, inodes map[uint64]bool) []process {
 		if inside || lab != "" && hasEnv(pid, marker+"="+lab) {
 			out = append(out, p)
 		}
+	}
+	return out
+}
+
+// Processes lists the processes whose main thread is in the namespace, as "command[pid]", without the caller and its
+// ancestors.
+func (n Namespace) Processes() []string {
+	var out []string
+	for _, p := range labProcesses("", namespaceInodes([]string{filepath.Base(n.Netns)})) {
+		out = append(out, p.String())
 	}
 	return out
 }

@@ -181,10 +181,7 @@ func Up(ctx context.Context, cfg Config) (_ *Lab, err error) {
 			return nil, fmt.Errorf("network namespace %s, which is not a lab's: %w", name, ErrExists)
 		}
 	}
-	if err := os.MkdirAll(BaseDir, 0o755); err != nil {
-		return nil, fmt.Errorf("create lab: %w", err)
-	}
-	if err := os.Mkdir(l.Dir, 0o700); errors.Is(err, os.ErrExist) {
+	if err := makeLabDir(l.Dir); errors.Is(err, os.ErrExist) {
 		return nil, fmt.Errorf("lab %s: %w (lab down --name %s)", l.Name, ErrExists, l.Name)
 	} else if err != nil {
 		return nil, fmt.Errorf("create lab: %w", err)
@@ -208,6 +205,18 @@ func Up(ctx context.Context, cfg Config) (_ *Lab, err error) {
 	}
 	l.file.Up = true
 	return l, l.save()
+}
+
+// makeLabDir makes the directory of a new lab; it repeats when the last other lab takes the base directory along.
+func makeLabDir(dir string) error {
+	for {
+		if err := os.MkdirAll(BaseDir, 0o755); err != nil {
+			return err
+		}
+		if err := os.Mkdir(dir, 0o700); !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
 }
 
 // build makes the directories, the bpffs, the namespaces and the links between them.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -19,11 +20,18 @@ stay as they are. The command takes the place of lab: its exit status is its own
 		Example: "  lab exec h1 -- caracalctl pods\n  lab exec h1/web -- ip route",
 		Args:    cobra.MinimumNArgs(2),
 		RunE: func(_ *cobra.Command, args []string) error {
-			ns, err := findNamespace(name, args[0])
+			place, command := args[0], args[1:]
+			if command[0] == "--" {
+				command = command[1:]
+			}
+			if len(command) == 0 {
+				return errors.New("exec: no command given")
+			}
+			ns, err := findNamespace(name, place)
 			if err != nil {
 				return err
 			}
-			return ns.Replace(args[1:])
+			return ns.Replace(command)
 		},
 	}
 	nameFlag(cmd, &name)
