@@ -18,6 +18,9 @@ const RunDir = "/run/netns"
 // ErrNotNamespace says that a path exists but is not a network namespace.
 var ErrNotNamespace = errors.New("not a network namespace")
 
+// ErrAborted says that a function run inside a namespace ended its goroutine (runtime.Goexit) instead of returning.
+var ErrAborted = errors.New("function in network namespace did not return")
+
 // NS is an open network namespace. Close it when done; the namespace lives on as long as something else holds it.
 type NS struct {
 	file *os.File
@@ -73,14 +76,36 @@ func (n *NS) Inode() (uint64, error) {
 // Do runs fn on a thread of its own inside the namespace. Sockets that fn opens stay in the namespace afterwards.
 // fn must not start goroutines that expect to be inside it.
 func (n *NS) Do(fn func() error) error {
+	return away(func() error {
+		if err := unix.Setns(n.FD(), unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("enter network namespace: %w", err)
+		}
+		return fn()
+	})
+}
+
+// away runs fn, which moves its thread to another namespace, and brings the thread back. A thread that cannot be brought
+// back is not given to another goroutine. Leaving each thread to the runtime to end would not do: the process's main
+// thread it can only park, and there it would hold the namespace and be seen in /proc/PID as if the process lived in it.
+func away(fn func() error) error {
 	done := make(chan error, 1)
 	go func() {
-		runtime.LockOSThread() // never unlocked: the runtime ends the thread, so no other goroutine meets a moved one
-		if err := unix.Setns(n.FD(), unix.CLONE_NEWNET); err != nil {
-			done <- fmt.Errorf("enter network namespace: %w", err)
+		err := ErrAborted              // unless fn returns: t.FailNow, say, ends the goroutine instead
+		defer func() { done <- err }() // last: the thread is back when the caller goes on
+		runtime.LockOSThread()
+		home, openErr := Current()
+		if openErr != nil {
+			runtime.UnlockOSThread()
+			err = openErr
 			return
 		}
-		done <- fn()
+		defer home.Close()
+		defer func() {
+			if unix.Setns(home.FD(), unix.CLONE_NEWNET) == nil {
+				runtime.UnlockOSThread()
+			}
+		}()
+		err = fn()
 	}()
 	return <-done
 }
@@ -109,21 +134,17 @@ func Create(name string) error {
 		return fmt.Errorf("create network namespace %s: %w", name, err)
 	}
 	f.Close()
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread()
+	err = away(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			done <- fmt.Errorf("unshare network namespace: %w", err)
-			return
+			return fmt.Errorf("unshare network namespace: %w", err)
 		}
 		self := fmt.Sprintf("/proc/self/task/%d/ns/net", unix.Gettid())
 		if err := unix.Mount(self, path, "none", unix.MS_BIND, ""); err != nil {
-			done <- fmt.Errorf("bind network namespace %s: %w", name, err)
-			return
+			return fmt.Errorf("bind network namespace %s: %w", name, err)
 		}
-		done <- nil
-	}()
-	if err := <-done; err != nil {
+		return nil
+	})
+	if err != nil {
 		os.Remove(path)
 		return err
 	}
