@@ -27,28 +27,28 @@ static __always_inline int rewrite(struct __sk_buff *ctx, const struct packet *p
 {
 	void *data = (void *)(long)ctx->data;
 	void *end = (void *)(long)ctx->data_end;
+	__u32 check;
 
 	if (p->is_v6) {
 		struct ipv6hdr *ip = data + ETH_HLEN;
 
 		if ((void *)(ip + 1) > end)
 			return DROP_REWRITE;
-		ip->hop_limit--;
 		__builtin_memcpy(data, p->to.mac, 12);
+		ip->hop_limit--;
 		// IPv6 has no header checksum to balance the change; matters only to CHECKSUM_COMPLETE.
 		bpf_csum_update(ctx, ~(__u32)bpf_htons(1));
 		return FORWARD_POD;
 	}
 
 	struct iphdr *ip = data + ETH_HLEN;
-	__u32 check;
 
 	if ((void *)(ip + 1) > end)
 		return DROP_REWRITE;
+	__builtin_memcpy(data, p->to.mac, 12);
 	ip->ttl--;
 	check = (__u32)ip->check + bpf_htons(0x0100); // RFC 1141
 	ip->check = check + (check >= 0xffff);
-	__builtin_memcpy(data, p->to.mac, 12);
 	return FORWARD_POD;
 }
 

@@ -261,13 +261,15 @@ static __noinline int uncommon(struct __sk_buff *ctx, struct packet *p, const __
 	return VERDICT_NEXT;
 }
 
-// whole makes sure that the headers lie in the linear part of the packet.
+// whole makes sure that the headers lie in the linear part of the packet. It asks for no byte more: pulling payload
+// copies it, and TCP keeps all payload outside the linear part.
 static __always_inline void whole(struct __sk_buff *ctx)
 {
 	__u32 linear = ctx->data_end - ctx->data;
+	__u32 need = ETH_HLEN + 8 + (ctx->protocol == bpf_htons(ETH_P_IPV6) ? sizeof(struct ipv6hdr) : sizeof(struct iphdr));
 
-	if (unlikely(linear < ETH_HLEN + sizeof(struct ipv6hdr) + 20 && ctx->len > linear))
-		bpf_skb_pull_data(ctx, ctx->len < 128 ? ctx->len : 128);
+	if (unlikely(linear < need && ctx->len > linear))
+		bpf_skb_pull_data(ctx, ctx->len < need ? ctx->len : need);
 }
 
 // parse fills p from an Ethernet frame. VERDICT_NEXT: an IP packet with a tuple. STACK_ARP: an ARP packet.

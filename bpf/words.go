@@ -10,7 +10,6 @@ const VerdictSpace = 64
 
 // Verdicts are the verdicts by number.
 var Verdicts = []Word{
-	{"name", "what happened, as a sentence"},
 	{"verdict_next", "not decided"},
 	{"forward_pod", "handed to a local pod's interface"},
 	{"forward_from_stack", "came out of the host's stack and went to the pod"},
