@@ -1,0 +1,73 @@
+// Package api is the resources that people write, as YAML or JSON.
+package api
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"sigs.k8s.io/yaml"
+)
+
+// Default block sizes, as Calico has them: 64 addresses a block.
+const (
+	DefaultBlockSize4 = 26
+	DefaultBlockSize6 = 122
+)
+
+// ErrInvalid says that a resource breaks one of its own rules.
+var ErrInvalid = errors.New("invalid resource")
+
+// IPPool is a range that pods get their addresses from, block by block.
+type IPPool struct {
+	CIDR      netip.Prefix `json:"cidr"`
+	BlockSize int          `json:"blockSize,omitempty"` // prefix length of its blocks; 0: 26 for IPv4, 122 for IPv6
+	Disabled  bool         `json:"disabled,omitempty"`  // true: no new address comes out of it
+}
+
+// ParseIPPool reads a pool from YAML or JSON and validates it.
+func ParseIPPool(data []byte) (IPPool, error) {
+	var p IPPool
+	raw, err := yaml.YAMLToJSON(data)
+	if err == nil {
+		err = json.Unmarshal(raw, &p)
+	}
+	if err != nil {
+		return IPPool{}, fmt.Errorf("parse IPPool: %w: %w", ErrInvalid, err)
+	}
+	return p.Defaulted()
+}
+
+// Defaulted validates the pool and fills what it leaves open.
+func (p IPPool) Defaulted() (IPPool, error) {
+	if !p.CIDR.IsValid() {
+		return p, fmt.Errorf("pool without a CIDR: %w", ErrInvalid)
+	}
+	if p.CIDR != p.CIDR.Masked() {
+		return p, fmt.Errorf("pool %s: %w: bits are set behind the prefix; write %s", p.CIDR, ErrInvalid, p.CIDR.Masked())
+	}
+	a := p.CIDR.Addr()
+	if a.Is4In6() {
+		return p, fmt.Errorf("pool %s: %w: write IPv4 as IPv4", p.CIDR, ErrInvalid)
+	}
+	if a.IsMulticast() || a.IsLoopback() || a.IsLinkLocalUnicast() || a.IsUnspecified() {
+		return p, fmt.Errorf("pool %s: %w: its addresses can't be given to pods", p.CIDR, ErrInvalid)
+	}
+	low, high := 20, 32
+	size := DefaultBlockSize4
+	if a.Is6() {
+		low, high, size = 116, 128, DefaultBlockSize6
+	}
+	if p.BlockSize == 0 {
+		p.BlockSize = size
+	}
+	if p.BlockSize < low || p.BlockSize > high {
+		return p, fmt.Errorf("pool %s: %w: block size /%d is not between /%d and /%d", p.CIDR, ErrInvalid, p.BlockSize, low, high)
+	}
+	if p.BlockSize < p.CIDR.Bits() {
+		return p, fmt.Errorf("pool %s: %w: smaller than one block of /%d; make the pool larger or set a block size of /%d or smaller blocks",
+			p.CIDR, ErrInvalid, p.BlockSize, p.CIDR.Bits())
+	}
+	return p, nil
+}

@@ -1,0 +1,118 @@
+package node
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+)
+
+// Key names one attachment: what a runtime calls it.
+type Key struct {
+	Network     string `json:"network"`
+	ContainerID string `json:"containerID"`
+	IfName      string `json:"ifName"`
+}
+
+// String is the key as it stands in the database: network/container/interface, none of which may hold a slash.
+func (k Key) String() string { return k.Network + "/" + k.ContainerID + "/" + k.IfName }
+
+// ParseKey is the inverse of String.
+func ParseKey(s string) (Key, error) {
+	f := strings.Split(s, "/")
+	if len(f) != 3 || f[0] == "" || f[1] == "" || f[2] == "" {
+		return Key{}, fmt.Errorf("attachment %q: not network/container/interface", s)
+	}
+	return Key{f[0], f[1], f[2]}, nil
+}
+
+func (k Key) check() error {
+	_, err := ParseKey(k.String())
+	return err
+}
+
+// States of an endpoint.
+const (
+	Adding = "adding" // ADD has begun; only DEL, GC or a repeated ADD may follow
+	Ready  = "ready"  // ADD has answered
+)
+
+// Endpoint is what ADD recorded of one attachment, and all that DEL may touch.
+type Endpoint struct {
+	Key
+	HostIfName   string            `json:"hostInterface,omitempty"`
+	Netns        string            `json:"netns,omitempty"`   // CNI_NETNS
+	NetnsID      string            `json:"netnsID,omitempty"` // device:inode, to tell a namespace from its path's next user
+	MAC          string            `json:"mac,omitempty"`
+	HostMAC      string            `json:"hostMAC,omitempty"`
+	Addrs        []netip.Addr      `json:"addresses,omitempty"`
+	MTU          int               `json:"mtu,omitempty"` // bytes
+	Shaped       bool              `json:"shaped,omitempty"`
+	PodName      string            `json:"podName,omitempty"`
+	PodNamespace string            `json:"podNamespace,omitempty"`
+	PodUID       string            `json:"podUID,omitempty"`
+	Labels       map[string]string `json:"labels,omitempty"`
+	IPAM         string            `json:"ipam,omitempty"` // "caracal", or the foreign plugin's type
+	State        string            `json:"state"`
+	Created      time.Time         `json:"created"`
+}
+
+// PutEndpoint writes an endpoint, over one of the same key.
+func (tx *Tx) PutEndpoint(e Endpoint) error {
+	if err := e.Key.check(); err != nil {
+		return err
+	}
+	if e.HostIfName != "" {
+		if err := tx.bolt.Bucket(bucketHostIfs).Put([]byte(e.HostIfName), []byte(e.Key.String())); err != nil {
+			return err
+		}
+	}
+	return put(tx, bucketEndpoints, e.Key.String(), e)
+}
+
+// Endpoint reads one endpoint. ErrNotFound when there is none.
+func (tx *Tx) Endpoint(k Key) (Endpoint, error) {
+	var e Endpoint
+	if err := get(tx, bucketEndpoints, k.String(), &e); err != nil {
+		return Endpoint{}, fmt.Errorf("endpoint %s: %w", k, err)
+	}
+	return e, nil
+}
+
+// EndpointByHostIfName reads the endpoint that owns a host interface. ErrNotFound when none does.
+func (tx *Tx) EndpointByHostIfName(name string) (Endpoint, error) {
+	if b := tx.bolt.Bucket(bucketHostIfs); b != nil {
+		if k, err := ParseKey(string(b.Get([]byte(name)))); err == nil {
+			return tx.Endpoint(k)
+		}
+	}
+	return Endpoint{}, fmt.Errorf("endpoint of %s: %w", name, ErrNotFound)
+}
+
+// DeleteEndpoint removes an endpoint. None there is not an error.
+func (tx *Tx) DeleteEndpoint(k Key) error {
+	var e Endpoint
+	if err := get(tx, bucketEndpoints, k.String(), &e); err == nil && e.HostIfName != "" {
+		index := tx.bolt.Bucket(bucketHostIfs)
+		if string(index.Get([]byte(e.HostIfName))) == k.String() {
+			if err := index.Delete([]byte(e.HostIfName)); err != nil {
+				return err
+			}
+		}
+	}
+	if b := tx.bolt.Bucket(bucketEndpoints); b != nil {
+		return b.Delete([]byte(k.String()))
+	}
+	return nil
+}
+
+// Endpoints calls fn for every endpoint, sorted by key. fn must not write.
+func (tx *Tx) Endpoints(fn func(Endpoint) error) error {
+	return each(tx, bucketEndpoints, func(k, v []byte) error {
+		var e Endpoint
+		if err := decode(v, &e); err != nil {
+			return fmt.Errorf("endpoint %s: %w", k, err)
+		}
+		return fn(e)
+	})
+}

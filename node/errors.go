@@ -1,0 +1,68 @@
+package node
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strings"
+
+	"go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
+	"golang.org/x/sys/unix"
+)
+
+var (
+	// ErrLocked says that another process held the database longer than the caller would wait.
+	ErrLocked = errors.New("node database is locked")
+	// ErrCorrupt says that the database can't be read. It is never overwritten: move it away and the next ADD starts
+	// an empty one; addresses of pods that run then may be given out again, so restart them too.
+	ErrCorrupt = errors.New("node database is corrupt; move it away to start an empty one, and restart this node's pods")
+	// ErrReadOnly says that the database can't be written where it lies.
+	ErrReadOnly = errors.New("node database can't be written")
+	// ErrNoSpace says that the file system is full.
+	ErrNoSpace = errors.New("no space left for the node database")
+	// ErrVersion says that a newer Caracal wrote the database.
+	ErrVersion = errors.New("node database has a newer schema")
+	// ErrNotFound says that there is no such record.
+	ErrNotFound = errors.New("no such record")
+	// ErrNoDatabase says that this node has no database yet: no pod was added.
+	ErrNoDatabase = errors.New("no node database")
+)
+
+// classify gives an error its sentinel.
+func classify(path string, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, bolterrors.ErrTimeout):
+		return fmt.Errorf("%s: %w%s", path, ErrLocked, holder(path))
+	case errors.Is(err, bolterrors.ErrInvalid), errors.Is(err, bolterrors.ErrChecksum), errors.Is(err, bolterrors.ErrVersionMismatch):
+		return fmt.Errorf("%s: %w (%w)", path, ErrCorrupt, err)
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+		return fmt.Errorf("%s: %w (%w)", path, ErrNoSpace, err)
+	case errors.Is(err, unix.EROFS), errors.Is(err, fs.ErrPermission), errors.Is(err, bbolt.ErrDatabaseReadOnly):
+		return fmt.Errorf("%s: %w (%w)", path, ErrReadOnly, err)
+	}
+	return fmt.Errorf("%s: %w", path, err)
+}
+
+// holder names the process that locks path, as far as /proc/locks tells.
+func holder(path string) string {
+	var st unix.Stat_t
+	if unix.Stat(path, &st) != nil {
+		return ""
+	}
+	locks, err := os.ReadFile("/proc/locks")
+	if err != nil {
+		return ""
+	}
+	inode := fmt.Sprintf(":%d", st.Ino)
+	for line := range strings.Lines(string(locks)) {
+		f := strings.Fields(line)
+		if len(f) >= 6 && f[1] == "FLOCK" && strings.HasSuffix(f[5], inode) {
+			return " by process " + f[4]
+		}
+	}
+	return ""
+}
