@@ -31,13 +31,7 @@ func (k Key) check() error {
 	return err
 }
 
-// States of an endpoint.
-const (
-	Adding = "adding" // ADD has begun; only DEL, GC or a repeated ADD may follow
-	Ready  = "ready"  // ADD has answered
-)
-
-// Endpoint is what ADD recorded of one attachment, and all that DEL may touch.
+// Endpoint is what ADD recorded of one attachment before it made anything of it, and all that DEL may touch.
 type Endpoint struct {
 	Key
 	HostIfName   string            `json:"hostInterface,omitempty"`
@@ -53,7 +47,6 @@ type Endpoint struct {
 	PodUID       string            `json:"podUID,omitempty"`
 	Labels       map[string]string `json:"labels,omitempty"`
 	IPAM         string            `json:"ipam,omitempty"` // "caracal", or the foreign plugin's type
-	State        string            `json:"state"`
 	Created      time.Time         `json:"created"`
 }
 

@@ -1,0 +1,99 @@
+// Command caracal is the CNI plugin. As caracal-ipam (or calico-ipam) it is the IPAM plugin for other main plugins; as
+// calico it is itself.
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/caracal-net/caracal/cni"
+)
+
+const usage = `caracal is a CNI plugin: a container runtime calls it, with parameters in the environment
+and the network configuration on stdin.
+
+A network, as /etc/cni/net.d/10-caracal.conflist:
+
+  {"cniVersion": "1.0.0", "name": "pods", "plugins": [
+    {"type": "caracal", "ipam": {"type": "caracal-ipam", "ipv4_pools": ["10.244.0.0/16"]}}]}
+
+By hand:
+
+  echo '{"cniVersion":"1.1.0","name":"pods","type":"caracal"}' | CNI_COMMAND=VERSION caracal
+
+caracalctl shows what it made.
+`
+
+func main() {
+	if len(os.Args) > 1 {
+		os.Exit(background(os.Args[1], os.Args[2:]))
+	}
+	stdout, err := ownStdout()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "caracal:", err)
+		os.Exit(1)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	defer stop()
+	p := &cni.Plugin{Getenv: os.Getenv, Stdin: os.Stdin, Stdout: stdout, Stderr: os.Stderr, Step: step, Spawn: spawn}
+	if strings.HasSuffix(filepath.Base(os.Args[0]), "-ipam") {
+		os.Exit(p.IPAMMain(ctx))
+	}
+	os.Exit(p.Main(ctx))
+}
+
+// background runs what the plugin starts beside the runtime.
+func background(verb string, args []string) int {
+	var err error
+	switch verb {
+	case "settle":
+		err = cni.Settle(context.Background(), args)
+	case "reap":
+		err = cni.Reap(args)
+	case "-h", "--help", "help":
+		fmt.Print(usage)
+	default:
+		err = fmt.Errorf("unknown argument %q\n\n%s", verb, usage)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "caracal:", err)
+		return 1
+	}
+	return 0
+}
+
+// ownStdout keeps stdout for the answer alone: whatever any library prints goes to stderr.
+func ownStdout() (io.Writer, error) {
+	fd, err := unix.FcntlInt(1, unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return nil, fmt.Errorf("keep stdout: %w", err)
+	}
+	if err := unix.Dup3(2, 1, 0); err != nil {
+		return nil, fmt.Errorf("redirect stdout: %w", err)
+	}
+	return os.NewFile(uintptr(fd), "stdout"), nil
+}
+
+// spawn starts this program detached: it outlives us, and holds neither our terminal, our directory nor our files.
+func spawn(args ...string) error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	cmd := exec.Command(self, args...)
+	cmd.Dir = "/"
+	cmd.Env = []string{}
+	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	return cmd.Process.Release()
+}

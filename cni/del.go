@@ -1,0 +1,224 @@
+package cni
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/caracal-net/caracal/commit"
+	"github.com/caracal-net/caracal/internal/nl"
+	"github.com/caracal-net/caracal/loader"
+	"github.com/caracal-net/caracal/maps"
+	"github.com/caracal-net/caracal/node"
+)
+
+// del detaches a container. Repeating it is fine, and so is a namespace that is gone: it goes by the record alone.
+func (p *Plugin) del(ctx context.Context, env *Env, c *Config) error {
+	if err := p.teardown(ctx, c, env.key(c)); err != nil {
+		return err
+	}
+	if !c.ownIPAM() {
+		return p.foreignRelease(ctx, c)
+	}
+	return nil
+}
+
+// teardown removes all that the record of one attachment names, and then the record. No record: nothing to do.
+//
+// The record and the interface that it names are looked at under one lock, and the record goes under the same lock: so
+// a late DEL never meets the interface that a successor made under the name.
+func (p *Plugin) teardown(ctx context.Context, c *Config, key node.Key) error {
+	if err := p.step("unmap"); err != nil {
+		return err
+	}
+	e, ifindex, err := p.unmap(ctx, c, key)
+	if errors.Is(err, node.ErrNotFound) || errors.Is(err, node.ErrNoDatabase) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if err := p.step("unlink"); err != nil {
+		return err
+	}
+	if ifindex != 0 {
+		if err := p.removeVeth(ifindex, e.Addrs); err != nil {
+			return err
+		}
+	}
+	if err := p.step("detach"); err != nil {
+		return err
+	}
+	if err := loader.Detach(c.BPFFSDir, e.HostIfName); err != nil {
+		return err
+	}
+	if err := p.step("forget"); err != nil {
+		return err
+	}
+	return p.forget(ctx, c, e)
+}
+
+// unmap takes the attachment out of the maps and returns its record and the ifindex of its host interface, 0 when that
+// is gone.
+func (p *Plugin) unmap(ctx context.Context, c *Config, key node.Key) (node.Endpoint, int, error) {
+	var e node.Endpoint
+	// Most late DELs find nothing: tell without writing anything, not even a lock file.
+	look := func() error {
+		db, err := node.OpenReadOnly(ctx, c.StateDir, c.nodeOptions())
+		if err != nil {
+			return err
+		}
+		defer db.Close()
+		return db.View(func(tx *node.Tx) (err error) {
+			e, err = tx.Endpoint(key)
+			return err
+		})
+	}
+	if err := look(); err != nil {
+		return e, 0, err
+	}
+	lock, err := node.LockNode(ctx, c.StateDir)
+	if err != nil {
+		return e, 0, err
+	}
+	defer lock.Unlock()
+	if err := look(); err != nil {
+		return e, 0, err
+	}
+	ifindex := 0
+	l, err := netlink.LinkByName(e.HostIfName)
+	if err == nil {
+		ifindex = l.Attrs().Index
+	} else if !nl.IsNotFound(err) {
+		return e, 0, fmt.Errorf("look for %s: %w", e.HostIfName, err)
+	}
+	m, err := maps.Open(c.BPFFSDir)
+	if errors.Is(err, maps.ErrNotLoaded) {
+		return e, ifindex, nil // nothing was ever in the maps, or they went with a reboot
+	}
+	if err != nil {
+		return e, ifindex, err
+	}
+	defer m.Close()
+	mapped := ifindex
+	if mapped == 0 {
+		mapped = mappedTo(m, e.Addrs)
+	}
+	return e, ifindex, commit.RemovePod(m, podOf(e, mapped))
+}
+
+// mappedTo is the ifindex that the maps have for addresses whose interface is gone.
+func mappedTo(m *maps.Maps, addrs []netip.Addr) int {
+	for _, a := range addrs {
+		if r, err := m.Route(netip.PrefixFrom(a, a.BitLen())); err == nil && r.Kind == maps.RouteLocalPod {
+			return int(r.IfIndex)
+		}
+	}
+	return 0
+}
+
+// forget releases the addresses and removes the record, if it is still the one that was torn down.
+func (p *Plugin) forget(ctx context.Context, c *Config, e node.Endpoint) error {
+	lock, err := node.LockNode(ctx, c.StateDir)
+	if err != nil {
+		return err
+	}
+	defer lock.Unlock()
+	db, err := node.Open(ctx, c.StateDir, c.nodeOptions())
+	if err != nil {
+		return err
+	}
+	defer db.Close()
+	return db.Update(func(tx *node.Tx) error {
+		now, err := tx.Endpoint(e.Key)
+		if errors.Is(err, node.ErrNotFound) || err == nil && now.MAC != e.MAC {
+			return nil // another DEL was faster
+		}
+		if err != nil {
+			return err
+		}
+		if _, err := tx.Release(e.Key); err != nil {
+			return err
+		}
+		return tx.DeleteEndpoint(e.Key)
+	})
+}
+
+// unlisted is how long removeVeth waits for its helper before it does the work itself.
+const unlisted = 2 * time.Second
+
+// removeVeth removes the pair by the index of its host's end. The interfaces are gone from both namespaces within a
+// millisecond; after that the kernel waits for RCU grace periods, 20 to 50 ms. A detached process sits that out.
+func (p *Plugin) removeVeth(ifindex int, addrs []netip.Addr) error {
+	if p.Spawn != nil {
+		if err := p.Spawn("reap", strconv.Itoa(ifindex), joinAddrs(addrs)); err == nil && waitGone(ifindex) {
+			return nil
+		}
+	}
+	return reap(ifindex, addrs)
+}
+
+func waitGone(ifindex int) bool {
+	deadline := time.Now().Add(unlisted)
+	for pause := 200 * time.Microsecond; time.Now().Before(deadline); pause = min(2*pause, 10*time.Millisecond) {
+		if _, err := netlink.LinkByIndex(ifindex); nl.IsNotFound(err) {
+			return true
+		}
+		time.Sleep(pause)
+	}
+	return false
+}
+
+// Reap is the detached process of removeVeth: arguments are the ifindex and the pod's addresses.
+func Reap(args []string) error {
+	if len(args) != 2 {
+		return errors.New("reap: wants an ifindex and addresses")
+	}
+	ifindex, err := strconv.Atoi(args[0])
+	if err != nil {
+		return fmt.Errorf("reap: %w", err)
+	}
+	var addrs []netip.Addr
+	for s := range strings.SplitSeq(args[1], ",") {
+		if a, err := netip.ParseAddr(s); err == nil {
+			addrs = append(addrs, a)
+		}
+	}
+	return reap(ifindex, addrs)
+}
+
+func reap(ifindex int, addrs []netip.Addr) error {
+	if err := netlink.LinkDel(link(ifindex)); err != nil && !nl.IsNotFound(err) && !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("remove interface %d: %w", ifindex, err)
+	}
+	forgetConnections(addrs)
+	return nil
+}
+
+// forgetConnections removes what the host's own connection tracking knows of the addresses, so that their next pod
+// inherits no translation. A kernel without it knows nothing.
+func forgetConnections(addrs []netip.Addr) {
+	for _, a := range addrs {
+		for _, t := range []netlink.ConntrackFilterType{netlink.ConntrackOrigSrcIP, netlink.ConntrackReplySrcIP} {
+			filter := &netlink.ConntrackFilter{}
+			if filter.AddIP(t, a.AsSlice()) == nil {
+				netlink.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(family(a)), filter)
+			}
+		}
+	}
+}
+
+func joinAddrs(addrs []netip.Addr) string {
+	var s []string
+	for _, a := range addrs {
+		s = append(s, a.String())
+	}
+	return strings.Join(s, ",")
+}

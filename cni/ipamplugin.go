@@ -1,0 +1,157 @@
+package cni
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+
+	"github.com/containernetworking/cni/pkg/types"
+	types100 "github.com/containernetworking/cni/pkg/types/100"
+
+	"github.com/caracal-net/caracal/ipam"
+	"github.com/caracal-net/caracal/node"
+)
+
+// runIPAM serves another main plugin, bridge say: addresses and nothing else.
+func (p *Plugin) runIPAM(ctx context.Context, env *Env, c *Config) (any, error) {
+	if !c.ownIPAM() {
+		return nil, fail(codeConfig, "ipam.type %q: this program is caracal-ipam", c.IPAM.Type)
+	}
+	switch env.Command {
+	case "ADD":
+		return p.ipamAdd(ctx, env, c)
+	case "DEL":
+		return nil, p.ipamDel(ctx, env, c)
+	case "CHECK":
+		return nil, p.ipamCheck(ctx, env, c)
+	case "GC":
+		valid, ok := c.valid()
+		if !ok {
+			return nil, nil
+		}
+		return nil, p.releaseStale(ctx, c, valid)
+	default:
+		return nil, p.ipamStatus(ctx, c)
+	}
+}
+
+// ipamAdd answers with the pool's prefix length, because a bridge routes by it, and with the gateway and routes of the
+// ipam object: by default the pool's first address as gateway, which is reserved then, and a default route.
+func (p *Plugin) ipamAdd(ctx context.Context, env *Env, c *Config) (any, error) {
+	cfg, err := c.pools()
+	if err != nil {
+		return nil, err
+	}
+	gateways, err := c.bridgeGateways(&cfg)
+	if err != nil {
+		return nil, err
+	}
+	want, err := c.requested(env)
+	if err != nil {
+		return nil, err
+	}
+	v4, v6 := c.families(cfg)
+	db, err := node.Open(ctx, c.StateDir, c.nodeOptions())
+	if err != nil {
+		return nil, err
+	}
+	defer db.Close()
+	r := &types100.Result{CNIVersion: types100.ImplementedSpecVersion, DNS: c.DNS}
+	err = db.Update(func(tx *node.Tx) error {
+		addrs, err := ipam.Assign(tx, cfg, ipam.Request{Key: env.key(c), Want: want, V4: v4, V6: v6})
+		for _, a := range addrs {
+			ip := &types100.IPConfig{}
+			for pool, gw := range gateways {
+				if pool.Contains(a) {
+					ip.Address = net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(pool.Bits(), a.BitLen())}
+					ip.Gateway = gw.AsSlice()
+				}
+			}
+			r.IPs = append(r.IPs, ip)
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	for _, route := range c.IPAM.Routes {
+		dst, err := netip.ParsePrefix(route.Dst)
+		if err != nil {
+			return nil, fail(codeConfig, "ipam.routes: %q is not a prefix", route.Dst)
+		}
+		r.Routes = append(r.Routes, &types.Route{Dst: *network(dst), GW: net.ParseIP(route.GW)})
+	}
+	return r.GetAsVersion(c.CNIVersion)
+}
+
+// bridgeGateways is the gateway of every pool, reserved in cfg.
+func (c *Config) bridgeGateways(cfg *ipam.Config) (map[netip.Prefix]netip.Addr, error) {
+	gateways := make(map[netip.Prefix]netip.Addr)
+	own := netip.Addr{}
+	if c.IPAM.Gateway != "" {
+		a, err := netip.ParseAddr(c.IPAM.Gateway)
+		if err != nil {
+			return nil, fail(codeConfig, "ipam.gateway: %q is not an address", c.IPAM.Gateway)
+		}
+		own = a
+	}
+	pools := []netip.Prefix{}
+	for _, p := range cfg.Pools {
+		pools = append(pools, p.CIDR)
+	}
+	if len(pools) == 0 {
+		pools = append(pools, ipam.DefaultPool)
+	}
+	for _, p := range pools {
+		gw := p.Addr().Next()
+		if own.IsValid() && p.Contains(own) {
+			gw = own
+		}
+		gateways[p] = gw
+		// The network's own address is none that a host on a bridge can have.
+		cfg.Reservations = append(cfg.Reservations, netip.PrefixFrom(gw, gw.BitLen()), netip.PrefixFrom(p.Addr(), p.Addr().BitLen()))
+	}
+	return gateways, nil
+}
+
+func (p *Plugin) ipamDel(ctx context.Context, env *Env, c *Config) error {
+	held, err := p.held(ctx, env, c)
+	if err != nil || len(held) == 0 {
+		return err
+	}
+	db, err := node.Open(ctx, c.StateDir, c.nodeOptions())
+	if err != nil {
+		return err
+	}
+	defer db.Close()
+	return db.Update(func(tx *node.Tx) error {
+		_, err := ipam.Release(tx, env.key(c))
+		return err
+	})
+}
+
+func (p *Plugin) ipamCheck(ctx context.Context, env *Env, c *Config) error {
+	held, err := p.held(ctx, env, c)
+	if err == nil && len(held) == 0 {
+		err = differs("%s holds no address", env.key(c))
+	}
+	return err
+}
+
+// held looks without writing: most DELs that come late find nothing.
+func (p *Plugin) held(ctx context.Context, env *Env, c *Config) (held []node.Holding, err error) {
+	db, err := node.OpenReadOnly(ctx, c.StateDir, c.nodeOptions())
+	if errors.Is(err, node.ErrNoDatabase) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer db.Close()
+	err = db.View(func(tx *node.Tx) (err error) {
+		held, err = tx.Held(env.key(c))
+		return err
+	})
+	return held, err
+}

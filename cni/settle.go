@@ -1,0 +1,227 @@
+package cni
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/caracal-net/caracal/commit"
+	"github.com/caracal-net/caracal/internal/netns"
+	"github.com/caracal-net/caracal/internal/nl"
+	"github.com/caracal-net/caracal/loader"
+	"github.com/caracal-net/caracal/maps"
+	"github.com/caracal-net/caracal/node"
+)
+
+const (
+	quiet  = time.Second // no ADD for so long: settling, which holds up the kernel's network lock, disturbs nobody
+	looks  = 200 * time.Millisecond
+	gaveUp = 30 * time.Second // settle anyhow, pods keep coming
+)
+
+// settler is the detached process that ADD leaves behind: it moves pods from clsact to TCX, picks up what later plugins of
+// the chain changed, and collects what pods without a DEL left. At most one runs for a state directory.
+type settler struct {
+	p *Plugin
+	c *Config
+}
+
+// Settle runs a settler; arguments are --state-dir, --bpffs-dir and --boot-id-file.
+func Settle(ctx context.Context, args []string) error {
+	c := &Config{}
+	flags := flag.NewFlagSet("settle", flag.ContinueOnError)
+	flags.StringVar(&c.StateDir, "state-dir", DefaultStateDir, "where node.db is")
+	flags.StringVar(&c.BPFFSDir, "bpffs-dir", DefaultBPFFSDir, "where the programs are pinned")
+	flags.StringVar(&c.BootIDFile, "boot-id-file", "", "where the boot id is read")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	s := &settler{p: &Plugin{log: slog.New(slog.DiscardHandler)}, c: c}
+	ctx, cancel := context.WithTimeout(ctx, 2*gaveUp)
+	defer cancel()
+	for {
+		lock, err := node.TryLock(c.StateDir, "settle.lock")
+		if err != nil {
+			return nil // another one is at it
+		}
+		err = s.run(ctx)
+		lock.Unlock()
+		// An ADD may have found the lock taken and left its pod to us, just when we had finished.
+		if more, merr := s.unsettled(ctx); err != nil || merr != nil || !more {
+			return errors.Join(err, merr)
+		}
+	}
+}
+
+func (s *settler) run(ctx context.Context) error {
+	if err := s.waitQuiet(ctx); err != nil {
+		return err
+	}
+	endpoints, err := s.endpoints(ctx)
+	errs := []error{err}
+	for _, e := range endpoints {
+		if ctx.Err() != nil {
+			break
+		}
+		if err := s.settle(ctx, e); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", e.Key, err))
+		}
+	}
+	return errors.Join(append(errs, sweepPins(s.c.BPFFSDir))...)
+}
+
+// waitQuiet waits until the last ADD is a second old, or half a minute.
+func (s *settler) waitQuiet(ctx context.Context) error {
+	for begin := time.Now(); time.Since(begin) < gaveUp; {
+		endpoints, err := s.endpoints(ctx)
+		if err != nil {
+			return err
+		}
+		last := time.Time{}
+		for _, e := range endpoints {
+			if e.Created.After(last) {
+				last = e.Created
+			}
+		}
+		if age := time.Since(last); age > quiet || age < 0 {
+			return nil
+		}
+		select {
+		case <-time.After(looks):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return nil
+}
+
+func (s *settler) endpoints(ctx context.Context) ([]node.Endpoint, error) {
+	db, err := node.OpenReadOnly(ctx, s.c.StateDir, s.c.nodeOptions())
+	if errors.Is(err, node.ErrNoDatabase) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer db.Close()
+	var all []node.Endpoint
+	return all, db.View(func(tx *node.Tx) error {
+		return tx.Endpoints(func(e node.Endpoint) error {
+			all = append(all, e)
+			return nil
+		})
+	})
+}
+
+// unsettled tells whether a pod is still on clsact that could be moved.
+func (s *settler) unsettled(ctx context.Context) (bool, error) {
+	if !loader.HasTCX() || ctx.Err() != nil {
+		return false, nil
+	}
+	endpoints, err := s.endpoints(ctx)
+	for _, e := range endpoints {
+		if l, lerr := netlink.LinkByName(e.HostIfName); lerr == nil {
+			if by, aerr := loader.Attached(s.c.BPFFSDir, e.HostIfName, l.Attrs().Index); aerr == nil && by == loader.ByClsact {
+				return true, err
+			}
+		}
+	}
+	return false, err
+}
+
+// settle brings one pod up to date. The pod may go meanwhile: then there is nothing to do.
+func (s *settler) settle(ctx context.Context, e node.Endpoint) error {
+	l, err := netlink.LinkByName(e.HostIfName)
+	if nl.IsNotFound(err) {
+		if _, err := os.Stat(e.Netns); errors.Is(err, fs.ErrNotExist) {
+			return s.p.teardown(ctx, s.c, e.Key) // its namespace is gone, and with it the pair: no DEL came
+		}
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	ifindex := l.Attrs().Index
+	if by, err := loader.Attached(s.c.BPFFSDir, e.HostIfName, ifindex); err == nil && by == loader.ByClsact {
+		if err := loader.Settle(s.c.BPFFSDir, e.HostIfName, ifindex); err != nil && !gone(e.HostIfName) {
+			return err
+		}
+	}
+	return s.pickUpMAC(ctx, e, ifindex)
+}
+
+// pickUpMAC follows a MAC address that was changed in the pod: in the host's permanent neighbour entries, in the maps
+// and in the record.
+func (s *settler) pickUpMAC(ctx context.Context, e node.Endpoint, ifindex int) error {
+	ns, err := netns.Open(e.Netns)
+	if err != nil {
+		return nil
+	}
+	defer ns.Close()
+	if inode, err := ns.Inode(); err != nil || fmt.Sprint(inode) != e.NetnsID {
+		return err
+	}
+	sides, err := openSides(ns)
+	if err != nil {
+		return err
+	}
+	defer sides.Close()
+	l, err := sides.pod.LinkByName(e.IfName)
+	if err != nil {
+		return nil
+	}
+	mac := l.Attrs().HardwareAddr
+	if mac.String() == e.MAC {
+		return nil
+	}
+	return s.changeMAC(ctx, sides.host, e, ifindex, mac)
+}
+
+func (s *settler) changeMAC(ctx context.Context, host *netlink.Handle, e node.Endpoint, ifindex int, mac net.HardwareAddr) error {
+	lock, err := node.LockNode(ctx, s.c.StateDir)
+	if err != nil {
+		return err
+	}
+	defer lock.Unlock()
+	db, err := node.Open(ctx, s.c.StateDir, s.c.nodeOptions())
+	if err != nil {
+		return err
+	}
+	defer db.Close()
+	return db.Update(func(tx *node.Tx) error {
+		now, err := tx.Endpoint(e.Key)
+		if err != nil || now.MAC != e.MAC {
+			return nil // removed or replaced since we looked
+		}
+		for _, a := range e.Addrs {
+			if err := setNeighbour(host, ifindex, a, mac); err != nil {
+				return err
+			}
+		}
+		m, err := maps.Open(s.c.BPFFSDir)
+		if err != nil {
+			return err
+		}
+		defer m.Close()
+		now.MAC = mac.String()
+		if err := commit.AddPod(m, podOf(now, ifindex)); err != nil {
+			return err
+		}
+		return tx.PutEndpoint(now)
+	})
+}
+
+// gone tells whether the host has no interface of that name.
+func gone(ifname string) bool {
+	_, err := netlink.LinkByName(ifname)
+	return nl.IsNotFound(err) || errors.Is(err, unix.ENODEV)
+}

@@ -1,0 +1,60 @@
+package cni
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/containernetworking/cni/pkg/invoke"
+
+	"github.com/caracal-net/caracal/ipam"
+	"github.com/caracal-net/caracal/loader"
+	"github.com/caracal-net/caracal/maps"
+	"github.com/caracal-net/caracal/node"
+)
+
+// status tells whether an ADD would be served now: nil, or an error with code 50 or 51.
+func (p *Plugin) status(ctx context.Context, env *Env, c *Config) error {
+	if err := prepareBPFFS(c.BPFFSDir); err != nil {
+		return unavailable(err)
+	}
+	m, err := maps.Open(c.BPFFSDir)
+	switch {
+	case errors.Is(err, maps.ErrNotLoaded):
+		err = loader.Probe()
+	case err == nil:
+		err = errors.Join(m.Close(), loader.Ensure(loader.Config{Dir: c.BPFFSDir}))
+	}
+	if err != nil {
+		return unavailable(err)
+	}
+	if c.ownIPAM() {
+		return p.ipamStatus(ctx, c)
+	}
+	if err := invoke.DelegateStatus(ctx, c.IPAM.Type, c.raw, p.delegate()); err != nil {
+		return fmt.Errorf("ipam %s: %w", c.IPAM.Type, err)
+	}
+	return nil
+}
+
+func (p *Plugin) ipamStatus(ctx context.Context, c *Config) error {
+	cfg, err := c.pools()
+	if err != nil {
+		return err
+	}
+	db, err := node.Open(ctx, c.StateDir, c.nodeOptions())
+	if err != nil {
+		return unavailable(err)
+	}
+	defer db.Close()
+	v4, v6 := c.families(cfg)
+	if err := db.View(func(tx *node.Tx) error { return ipam.Status(tx, cfg, v4, v6) }); err != nil {
+		return unavailable(err)
+	}
+	return nil
+}
+
+// unavailable gives an error the code that STATUS wants (specification section 5): no ADD can be served.
+func unavailable(err error) error {
+	return &Error{Code: codeUnavailable, Msg: "an ADD can't be served now", Details: err.Error()}
+}

@@ -1,0 +1,264 @@
+package cni
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	vnetns "github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"github.com/caracal-net/caracal/internal/netns"
+	"github.com/caracal-net/caracal/internal/nl"
+)
+
+// RouteProtocol marks the kernel routes that are Caracal's (rtm_protocol, rtnetlink(7)): `ip route` shows "proto 202".
+const RouteProtocol = 202
+
+// The gateway that every pod has. It exists nowhere: from_pod answers for it.
+var (
+	Gateway4 = netip.MustParseAddr("169.254.1.1")
+	Gateway6 = netip.MustParseAddr("fe80::1")
+)
+
+// hostMAC is the address of every host end, as on a Calico node.
+var hostMAC = net.HardwareAddr{0xee, 0xee, 0xee, 0xee, 0xee, 0xee}
+
+// veth is the pair of one attachment.
+type veth struct {
+	hostName, podName string
+	mac               net.HardwareAddr // of the pod's end
+	mtu               int
+	addrs             []netip.Addr
+	hostIndex         int // set by create
+	podIndex          int // set by create
+}
+
+// sides are rtnetlink sockets in the host's and in the pod's namespace.
+type sides struct {
+	host, pod *netlink.Handle
+	ns        *netns.NS
+}
+
+func openSides(ns *netns.NS) (*sides, error) {
+	host, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("open rtnetlink: %w", err)
+	}
+	pod, err := netlink.NewHandleAt(vnetns.NsHandle(ns.FD()), unix.NETLINK_ROUTE)
+	if err != nil {
+		host.Close()
+		return nil, fmt.Errorf("open rtnetlink in the pod's namespace: %w", err)
+	}
+	return &sides{host, pod, ns}, nil
+}
+
+func (s *sides) Close() {
+	s.host.Close()
+	s.pod.Close()
+}
+
+// create makes the pair in one request, with the pod's end in its namespace under its final name: moving an interface
+// between namespaces later would wait for an RCU grace period. os.ErrExist when the host has such an interface.
+func (v *veth) create(s *sides) error {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name, attrs.HardwareAddr, attrs.MTU, attrs.TxQLen = v.hostName, hostMAC, v.mtu, 1000
+	pair := &netlink.Veth{
+		LinkAttrs: attrs, PeerName: v.podName, PeerHardwareAddr: v.mac, PeerMTU: uint32(v.mtu),
+		PeerTxQLen: 1000, PeerNamespace: netlink.NsFd(s.ns.FD()),
+	}
+	if err := s.host.LinkAdd(pair); err != nil {
+		return fmt.Errorf("create veth pair %s and %s: %w", v.hostName, v.podName, err)
+	}
+	host, err := s.host.LinkByName(v.hostName)
+	if err != nil {
+		return fmt.Errorf("find %s: %w", v.hostName, err)
+	}
+	pod, err := s.pod.LinkByName(v.podName)
+	if err != nil {
+		return fmt.Errorf("find %s in the pod: %w", v.podName, err)
+	}
+	v.hostIndex, v.podIndex = host.Attrs().Index, pod.Attrs().Index
+	return nil
+}
+
+// link is the least that netlink's functions want of an interface.
+func link(index int) netlink.Link {
+	return &netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: index}}
+}
+
+// configurePod gives the pod's end its addresses, its gateway and the gateway's permanent neighbour entries, so that
+// neither ARP nor neighbour discovery is ever waited for.
+func (v *veth) configurePod(s *sides) error {
+	if hasV6(v.addrs) {
+		err := s.ns.Do(func() error { return writeSysctl("ipv6/conf/"+v.podName+"/disable_ipv6", "0") })
+		if err != nil {
+			return err
+		}
+	}
+	if err := s.pod.LinkSetUp(link(v.podIndex)); err != nil {
+		return fmt.Errorf("set %s up in the pod: %w", v.podName, err)
+	}
+	for _, a := range v.addrs {
+		addr := &netlink.Addr{IPNet: hostNet(a)}
+		if a.Is6() {
+			addr.Flags = unix.IFA_F_NODAD
+		}
+		if err := s.pod.AddrAdd(link(v.podIndex), addr); err != nil {
+			return fmt.Errorf("add address %s in the pod: %w", a, err)
+		}
+	}
+	for _, gw := range gateways(v.addrs) {
+		n := &netlink.Neigh{LinkIndex: v.podIndex, IP: gw.AsSlice(), HardwareAddr: hostMAC, State: netlink.NUD_PERMANENT, Family: family(gw)}
+		if err := s.pod.NeighSet(n); err != nil {
+			return fmt.Errorf("add neighbour %s in the pod: %w", gw, err)
+		}
+		onLink := &netlink.Route{LinkIndex: v.podIndex, Dst: hostNet(gw), Scope: netlink.SCOPE_LINK}
+		if err := s.pod.RouteReplace(onLink); err != nil {
+			return fmt.Errorf("add route to %s in the pod: %w", gw, err)
+		}
+		if err := s.pod.RouteAdd(&netlink.Route{LinkIndex: v.podIndex, Gw: gw.AsSlice()}); err != nil && !errors.Is(err, unix.EEXIST) {
+			return fmt.Errorf("add default route by %s in the pod: %w", gw, err)
+		}
+	}
+	return nil
+}
+
+// configureHost sets the host's end up and routes the pod's addresses to it.
+func (v *veth) configureHost(s *sides) error {
+	if err := s.host.LinkSetUp(link(v.hostIndex)); err != nil {
+		return fmt.Errorf("set %s up: %w", v.hostName, err)
+	}
+	if err := writeSysctl("ipv4/conf/"+v.hostName+"/forwarding", "1"); err != nil {
+		return err
+	}
+	for _, a := range v.addrs {
+		if err := setNeighbour(s.host, v.hostIndex, a, v.mac); err != nil {
+			return err
+		}
+		r := &netlink.Route{LinkIndex: v.hostIndex, Dst: hostNet(a), Scope: netlink.SCOPE_LINK, Protocol: RouteProtocol}
+		if err := s.host.RouteReplace(r); err != nil {
+			return fmt.Errorf("add route to %s: %w", a, err)
+		}
+	}
+	return nil
+}
+
+func setNeighbour(h *netlink.Handle, ifindex int, a netip.Addr, mac net.HardwareAddr) error {
+	n := &netlink.Neigh{LinkIndex: ifindex, IP: a.AsSlice(), HardwareAddr: mac, State: netlink.NUD_PERMANENT, Family: family(a)}
+	if err := h.NeighSet(n); err != nil {
+		return fmt.Errorf("set neighbour %s: %w", a, err)
+	}
+	return nil
+}
+
+// blackhole routes a block of this node to nowhere, for the addresses that no pod holds.
+func blackhole(h *netlink.Handle, block netip.Prefix) error {
+	r := &netlink.Route{Dst: network(block), Type: unix.RTN_BLACKHOLE, Protocol: RouteProtocol}
+	if err := h.RouteAdd(r); err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("add blackhole route for %s: %w", block, err)
+	}
+	return nil
+}
+
+// randomMAC is a locally administered unicast address.
+func randomMAC() net.HardwareAddr {
+	m := make(net.HardwareAddr, 6)
+	rand.Read(m) // never fails
+	m[0] = m[0]&^1 | 2
+	return m
+}
+
+// pathMTU is the MTU of the interface with the default route, 1500 when there is none.
+func pathMTU(h *netlink.Handle) int {
+	for _, f := range []int{unix.AF_INET, unix.AF_INET6} {
+		routes, err := nl.Dump(func() ([]netlink.Route, error) {
+			return h.RouteListFiltered(f, &netlink.Route{Table: unix.RT_TABLE_MAIN, Dst: nil}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_DST)
+		})
+		if err != nil {
+			continue
+		}
+		for _, r := range routes {
+			if l, err := h.LinkByIndex(r.LinkIndex); err == nil && l.Attrs().MTU >= 68 {
+				return l.Attrs().MTU
+			}
+		}
+	}
+	return 1500
+}
+
+// hostAddresses are the addresses of this host that a packet may be for.
+func hostAddresses(h *netlink.Handle) ([]netip.Addr, error) {
+	list, err := nl.Dump(func() ([]netlink.Addr, error) { return h.AddrList(nil, netlink.FAMILY_ALL) })
+	if err != nil {
+		return nil, fmt.Errorf("list this host's addresses: %w", err)
+	}
+	var addrs []netip.Addr
+	for _, l := range list {
+		a, ok := netip.AddrFromSlice(l.IP)
+		if a = a.Unmap(); ok && !a.IsLoopback() && !a.IsLinkLocalUnicast() {
+			addrs = append(addrs, a)
+		}
+	}
+	return addrs, nil
+}
+
+func hasV6(addrs []netip.Addr) bool {
+	for _, a := range addrs {
+		if a.Is6() {
+			return true
+		}
+	}
+	return false
+}
+
+// gateways are the gateways of the families that the addresses have.
+func gateways(addrs []netip.Addr) []netip.Addr {
+	var g []netip.Addr
+	for _, a := range addrs {
+		if a.Is4() && len(g) == 0 {
+			g = append(g, Gateway4)
+		}
+	}
+	if hasV6(addrs) {
+		g = append(g, Gateway6)
+	}
+	return g
+}
+
+func family(a netip.Addr) int {
+	if a.Is4() {
+		return unix.AF_INET
+	}
+	return unix.AF_INET6
+}
+
+// hostNet is the prefix of one address.
+func hostNet(a netip.Addr) *net.IPNet { return network(netip.PrefixFrom(a, a.BitLen())) }
+
+func network(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+}
+
+// A sysctl's name here is its path below /proc/sys/net, which shows the calling thread's network namespace.
+func sysctlPath(name string) string { return "/proc/sys/net/" + name }
+
+func writeSysctl(name, value string) error {
+	if err := os.WriteFile(sysctlPath(name), []byte(value), 0); err != nil {
+		return fmt.Errorf("set sysctl net/%s: %w", name, err)
+	}
+	return nil
+}
+
+func readSysctl(name string) (string, error) {
+	b, err := os.ReadFile(sysctlPath(name))
+	if err != nil {
+		return "", fmt.Errorf("read sysctl net/%s: %w", name, err)
+	}
+	return strings.TrimSpace(string(b)), nil
+}
