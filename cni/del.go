@@ -165,10 +165,22 @@ func (p *Plugin) removeVeth(ifindex int, addrs []netip.Addr) error {
 	return reap(ifindex, addrs)
 }
 
+// waitGone waits until an interface is off this namespace's list. It asks by ioctl: a netlink question would wait for
+// the lock that the removal holds.
 func waitGone(ifindex int) bool {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fd)
 	deadline := time.Now().Add(unlisted)
-	for pause := 200 * time.Microsecond; time.Now().Before(deadline); pause = min(2*pause, 10*time.Millisecond) {
-		if _, err := netlink.LinkByIndex(ifindex); nl.IsNotFound(err) {
+	for pause := 200 * time.Microsecond; time.Now().Before(deadline); pause = min(2*pause, 5*time.Millisecond) {
+		name, err := unix.NewIfreq("")
+		if err != nil {
+			return false
+		}
+		name.SetUint32(uint32(ifindex))
+		if err := unix.IoctlIfreq(fd, unix.SIOCGIFNAME, name); errors.Is(err, unix.ENODEV) {
 			return true
 		}
 		time.Sleep(pause)
