@@ -1,0 +1,41 @@
+# Caracal's developer commands. `make help` lists them.
+SHELL := /bin/bash
+export CGO_ENABLED := 0
+GO ?= go
+COMMIT := $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
+BUILD := $(GO) build -trimpath -ldflags "-s -w -X main.commit=$(COMMIT)"
+GOLANGCI := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.5.0
+
+.DEFAULT_GOAL := help
+.PHONY: help build generate test demo bench lint clean
+
+help: ## list these commands
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+build: ## build every binary, static, into bin/
+	@mkdir -p bin
+	$(BUILD) -o bin/ ./cmd/caracal ./cmd/caracald ./tools/podbench ./tools/lab/cmd/lab
+	@ln -sf caracal bin/caracal-ipam
+	@ln -sf caracald bin/caracalctl
+
+generate: ## compile the eBPF programs and all that follows from them (needs clang-19 and libbpf-dev)
+	cd bpf && $(GO) generate ./...
+
+test: build ## install what the tests need (Debian) and run every test; needs root
+	./.ci/packages
+	CARACAL_BIN_DIR=$(CURDIR)/bin CARACAL_NO_SKIPS=1 $(GO) test -timeout 20m ./...
+
+demo: build ## show pods on one simulated host, wired by real CNI calls; needs Go, root and Linux 6.1
+	@$(GO) run ./tools/demo
+
+bench: build ## compare pod-to-pod latency: bare veth, redirect only, bridge, ptp, Caracal
+	./.ci/packages
+	bin/podbench run
+	bin/podbench cni
+
+lint: ## run the linters of .golangci.yaml and check the C formatting
+	$(GO) run $(GOLANGCI) run ./...
+	clang-format-19 --dry-run --Werror bpf/*.h bpf/*.c
+
+clean: ## remove what build made
+	rm -rf bin out
