@@ -43,8 +43,9 @@ func Down(ctx context.Context, name string) error {
 }
 
 // tearDown needs the exclusive lock. It goes on after errors, but keeps lab.json as long as something it names may be left.
+// That a foreign plugin's DEL failed is told, and keeps nothing.
 func (l *Lab) tearDown(ctx context.Context) error {
-	var errs []error
+	var errs, delErrs []error
 	wasUp := l.file.Up
 	if wasUp {
 		l.file.Up = false // from here on nobody adds a pod
@@ -59,10 +60,8 @@ func (l *Lab) tearDown(ctx context.Context) error {
 			errs = append(errs, err)
 		}
 		for _, p := range pods {
-			if l.file.Foreign && wasUp {
-				if err := p.del(ctx); err != nil {
-					errs = append(errs, err)
-				}
+			if l.file.Foreign && wasUp && p.file.State != PodNew {
+				delErrs = append(delErrs, p.del(ctx))
 			}
 			podNetns = append(podNetns, p.file.Netns)
 		}
@@ -96,6 +95,9 @@ func (l *Lab) tearDown(ctx context.Context) error {
 	// The last lab takes the base directory along; another lab's presence makes this fail.
 	if err := os.Remove(BaseDir); err != nil && !errors.Is(err, unix.ENOTEMPTY) && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("remove lab: %w", err)
+	}
+	if err := errors.Join(delErrs...); err != nil {
+		return fmt.Errorf("lab %s is down, but what its plugin keeps elsewhere may be left: %w", l.Name, err)
 	}
 	return nil
 }

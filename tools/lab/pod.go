@@ -230,13 +230,23 @@ func (p *Pod) del(ctx context.Context) error {
 		return err
 	}
 	rt := p.runtimeConf()
-	if p.file.State == PodDead {
+	if p.file.State == PodDead || !p.namespaceMade() {
 		rt.NetNS = ""
 	}
 	if err := p.host.libcni(p.file.Env).DelNetworkList(ctx, list, rt); err != nil {
 		return fmt.Errorf("DEL of %s/%s: %w", p.host.Name, p.Name, err)
 	}
 	return nil
+}
+
+// namespaceMade is false only for a pod whose making was cut off between the name and the namespace: foreign plugins
+// take offence at the empty file there.
+func (p *Pod) namespaceMade() bool {
+	ns, err := netns.Open(p.Netns())
+	if err == nil {
+		ns.Close()
+	}
+	return !errors.Is(err, netns.ErrNotNamespace)
 }
 
 // Check calls CHECK with the result that libcni's cache holds.

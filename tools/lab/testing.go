@@ -24,6 +24,9 @@ func TestName() string { return fmt.Sprintf("t%dn%d", os.Getpid(), testLabs.Add(
 func New(t testing.TB, cfg Config) *Lab {
 	t.Helper()
 	if os.Geteuid() != 0 {
+		if os.Getenv("CARACAL_NO_SKIPS") != "" {
+			t.Fatal("network namespaces and bpffs need root (and CARACAL_NO_SKIPS is set)")
+		}
 		t.Skip("network namespaces and bpffs need root")
 	}
 	if cfg.Name == "" {

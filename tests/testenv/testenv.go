@@ -1,0 +1,139 @@
+// Package testenv is what tests that need the built binaries stand on:
+//
+//	func TestMain(m *testing.M) { os.Exit(testenv.Main(m)) }
+//
+//	func TestX(t *testing.T) { l := lab.New(t, lab.Config{Caracal: testenv.Bin(t, "caracal")}) ... }
+package testenv
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/caracal-net/caracal/tests/leak"
+)
+
+// BinDirVariable names a directory with binaries built before (bin/ after `make build`), which are then not built.
+const BinDirVariable = "CARACAL_BIN_DIR"
+
+// NoSkipsVariable makes every Skip a failure, for machines that have all that the tests need.
+const NoSkipsVariable = "CARACAL_NO_SKIPS"
+
+// aliases are the second names that the binaries answer to.
+var aliases = map[string]string{"caracal-ipam": "caracal", "caracalctl": "caracald"}
+
+var (
+	scratch   string // made and removed by Main
+	buildOnce sync.Once
+	binDir    string
+	errBuild  error
+)
+
+// Main runs a package's tests, removes what Bin built and looks for what the tests left behind. It returns the exit code.
+func Main(m *testing.M) int {
+	var err error
+	if scratch, err = os.MkdirTemp("", "caracal-test-*"); err != nil {
+		fmt.Fprintln(os.Stderr, "testenv:", err)
+		return 1
+	}
+	code := m.Run()
+	if err := os.RemoveAll(scratch); err != nil {
+		fmt.Fprintln(os.Stderr, "testenv:", err)
+		code = 1
+	}
+	for _, what := range leak.Mine() {
+		fmt.Fprintln(os.Stderr, "testenv: left behind:", what)
+		code = 1
+	}
+	return code
+}
+
+// Bin returns the path of one of our binaries: caracal, caracal-ipam, caracald or caracalctl. All are built, statically,
+// at the first call in a test process; the build cache makes that cheap after the first process.
+func Bin(t testing.TB, name string) string {
+	t.Helper()
+	buildOnce.Do(func() { binDir, errBuild = build() })
+	if errBuild != nil {
+		t.Fatalf("build binaries: %v", errBuild)
+	}
+	path := filepath.Join(binDir, name)
+	if _, err := os.Stat(path); err != nil {
+		t.Fatalf("find binary: %v", err)
+	}
+	return path
+}
+
+func build() (string, error) {
+	if dir := os.Getenv(BinDirVariable); dir != "" {
+		return filepath.Abs(dir)
+	}
+	if scratch == "" {
+		return "", errors.New("no TestMain in this package calls testenv.Main")
+	}
+	root, err := Root()
+	if err != nil {
+		return "", err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "go", "build", "-o", scratch+"/", "./cmd/...")
+	cmd.Dir, cmd.Env = root, append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("go build ./cmd/...: %w\n%s", err, out)
+	}
+	for alias, target := range aliases {
+		if err := os.Symlink(target, filepath.Join(scratch, alias)); err != nil && !errors.Is(err, os.ErrExist) {
+			return "", err
+		}
+	}
+	return scratch, nil
+}
+
+// Root is the directory of the module, found from the working directory, which for a test is its package's.
+func Root() (string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", err
+	}
+	for ; dir != "/"; dir = filepath.Dir(dir) {
+		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
+			return dir, nil
+		}
+	}
+	return "", errors.New("find go.mod: not in a module")
+}
+
+// NeedRoot skips the test unless it runs as root.
+func NeedRoot(t testing.TB) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		Skip(t, "needs root: network namespaces, mounts, eBPF")
+	}
+}
+
+// NeedProgram returns the path of a program and skips the test, naming the Debian package, if it is not installed.
+func NeedProgram(t testing.TB, name, debianPackage string) string {
+	t.Helper()
+	for _, dir := range append(filepath.SplitList(os.Getenv("PATH")), "/usr/sbin", "/sbin", "/usr/lib/cni") {
+		if p, err := exec.LookPath(filepath.Join(dir, name)); err == nil {
+			return p
+		}
+	}
+	Skip(t, fmt.Sprintf("needs %s (apt-get install %s)", name, debianPackage))
+	return ""
+}
+
+// Skip skips the test, or fails it where CARACAL_NO_SKIPS is set.
+func Skip(t testing.TB, why string) {
+	t.Helper()
+	if os.Getenv(NoSkipsVariable) != "" {
+		t.Fatalf("%s (and %s is set)", why, NoSkipsVariable)
+	}
+	t.Skip(why)
+}
