@@ -46,5 +46,7 @@ static __noinline int admit_stage(struct __sk_buff *ctx, struct packet *p, struc
 		return DROP_DHCP_SERVER;
 	if (p->flags & PKT_ICMP_REDIRECT)
 		return DROP_REDIRECT;
+	if (p->key.protocol == PROTO_ICMP && !p->is_v6 && p->icmp_type == 9) // RFC 1256
+		return DROP_ROUTER_ADVERTISEMENT;
 	return VERDICT_NEXT;
 }

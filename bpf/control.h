@@ -124,7 +124,8 @@ static __noinline int nd_stage(struct __sk_buff *ctx, struct packet *p, struct p
 	default: // MLD and router solicitation
 		return CONTROL;
 	}
-	if (p->ttl != 255 || p->icmp_code || bpf_skb_load_bytes(ctx, p->l4_offset + 8, target, 16))
+	if (p->ttl != 255 || p->icmp_code || p->flags & PKT_FIRST_FRAGMENT /* RFC 6980 */ ||
+	    p->l4_offset + 24 > ETH_HLEN + p->l3_len || bpf_skb_load_bytes(ctx, p->l4_offset + 8, target, 16))
 		return DROP_MALFORMED_ARP;
 	__builtin_memcpy(from, source(p), 16);
 	mine = holds(slot, from) || cwords(from)[0] == LINK_LOCAL_HI;

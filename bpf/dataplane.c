@@ -10,16 +10,18 @@ static __always_inline int established(struct __sk_buff *ctx, struct packet *p, 
 {
 	struct flow *f = bpf_map_lookup_elem(&caracal_flows, &p->key);
 	struct flow_leg *leg;
-	__u64 at;
+	__u64 at, to;
 
 	if (!f)
 		return VERDICT_NEXT;
 	leg = p->side ? &f->leg[1] : &f->leg[0];
 	at = now();
+	to = READ_ONCE(*(__u64 *)&leg->to); // before the check, so that the check is about it
+	barrier();
 	if (unlikely(!current(leg, p, ifindex_in, at)))
 		return VERDICT_NEXT;
 	__builtin_memcpy(p->to.mac, leg->to.mac, 12);
-	*(__u64 *)&p->to = READ_ONCE(*(__u64 *)&leg->to);
+	*(__u64 *)&p->to = to;
 	account(ctx, leg, at);
 	return forward_stage(ctx, p);
 }
@@ -58,21 +60,11 @@ static __noinline int from_pod_slow(struct __sk_buff *ctx, struct packet *p, int
 		return arp_stage(ctx, pod, o.self);
 	if ((v = admit_stage(ctx, p, pod, o.self)))
 		return v;
-	if (p->flags & PKT_NO_PORTS)
-		return STACK_PROTOCOL;
 	if ((v = route_stage(p, o.self, &o.peer)))
 		return v;
-	if (p->flags & PKT_ICMP_ERROR) {
-		struct flow *f = quoted(ctx, p);
-
-		if (!f)
-			return DROP_ICMP_ERROR;
-		through(p, f);
-		return forward_stage(ctx, p);
-	}
 	o.ifindex = o.charged = ifindex;
 	o.entered = ENTERED_POD;
-	if ((v = track(ctx, p, &o)))
+	if ((v = p->flags & PKT_ICMP_ERROR ? related(ctx, p, &o) : track(ctx, p, &o)))
 		return v;
 	return forward_stage(ctx, p);
 }
@@ -120,10 +112,10 @@ static __noinline int to_pod_slow(struct __sk_buff *ctx, struct packet *p)
 	if (ctx->mark & mark_judged)
 		return FORWARD_JUDGED;
 	__builtin_memcpy(to, destination(p), 16);
-	if (is_multicast(to) || p->flags & PKT_NO_PORTS)
+	if (is_multicast(to))
 		return FORWARD_FROM_STACK;
-	if (p->flags & PKT_ICMP_ERROR)
-		return !ctx->ingress_ifindex || quoted(ctx, p) ? FORWARD_FROM_STACK : DROP_ICMP_ERROR;
+	if (p->flags & PKT_ICMP_ERROR && !ctx->ingress_ifindex)
+		return FORWARD_FROM_STACK;
 	o.peer = &pod->slot[p->epoch & 1];
 	o.charged = ifindex;
 	o.entered = ctx->ingress_ifindex ? ENTERED_STACK : ENTERED_HOST;
@@ -139,7 +131,7 @@ static __noinline int to_pod_slow(struct __sk_buff *ctx, struct packet *p)
 		}
 	}
 	p->to.forward = FORWARD_DELIVER;
-	if ((v = track(ctx, p, &o)))
+	if ((v = p->flags & PKT_ICMP_ERROR ? related(ctx, p, &o) : track(ctx, p, &o)))
 		return v;
 	return FORWARD_FROM_STACK;
 }

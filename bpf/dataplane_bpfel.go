@@ -61,7 +61,7 @@ type DataplaneFlowLeg struct {
 	Packets   uint64
 	Bytes     uint64
 	LastSeen  uint64
-	Pad       uint64
+	Bound     uint64
 }
 
 type DataplaneFlowState uint8
@@ -90,6 +90,8 @@ type DataplaneFragment struct {
 	_               structs.HostLayout
 	SourcePort      uint16
 	DestinationPort uint16
+	Protocol        uint8
+	Pad             [3]uint8
 }
 
 type DataplaneFragmentKey struct {
@@ -97,8 +99,9 @@ type DataplaneFragmentKey struct {
 	Source      [16]uint8
 	Destination [16]uint8
 	Id          uint32
+	Ifindex     uint32
 	Protocol    uint8
-	Pad         [3]uint8
+	Pad         [7]uint8
 }
 
 type DataplaneNextHop struct {

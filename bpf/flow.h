@@ -28,6 +28,17 @@ static __always_inline bool expired(const struct flow_key *k, const struct flow 
 	return seen + timeout(k, f) < at;
 }
 
+// decrement takes one off a counter that another CPU may have reset meanwhile, for an interface's next pod.
+static __always_inline void decrement(__u32 *counter)
+{
+	for (int i = 0; i < 4; i++) {
+		__u32 was = READ_ONCE(*counter);
+
+		if (!was || __sync_val_compare_and_swap(counter, was, was - 1) == was)
+			return;
+	}
+}
+
 // uncharge gives back what a removed flow took.
 static __always_inline void uncharge(__u32 charged)
 {
@@ -38,7 +49,7 @@ static __always_inline void uncharge(__u32 charged)
 		__sync_fetch_and_add(&s->flows, -1);
 	q = bpf_map_lookup_elem(&caracal_quota, &charged);
 	if (q)
-		__sync_fetch_and_add(&q->flows, -1);
+		decrement(&q->flows);
 }
 
 // remove_flow removes a confirmed flow; of several removers at once one gives back its charge.
@@ -71,16 +82,34 @@ static __noinline long take_slot(struct state *s, __u64 at)
 	return -1;
 }
 
-// charge checks, before a flow is opened, that it would have room. VERDICT_NEXT: it has.
-static __noinline int charge(__u32 pod, __u64 at)
+// reclaim removes expired flows from places picked at random, where those of a pod that holds many are likely met: the
+// walk of take_slot would end at the first free place.
+static __noinline void reclaim(struct state *s, __u64 at)
+{
+	for (int i = 0; i < SLOT_TRIES; i++) {
+		__u32 slot = bpf_get_prandom_u32() % s->max_flows;
+		struct flow_key *k = bpf_map_lookup_elem(&caracal_slots, &slot);
+		struct flow *f;
+
+		if (!k)
+			return;
+		f = bpf_map_lookup_elem(&caracal_flows, k);
+		if (f && expired(k, f, at))
+			remove_flow(k, f);
+	}
+}
+
+// charge checks, before a flow is opened, that it would have room. VERDICT_NEXT: it has. Quotas do not bind what a
+// process of the host sends.
+static __noinline int charge(__u32 pod, enum flow_entry entered, __u64 at)
 {
 	struct quota *q = bpf_map_lookup_elem(&caracal_quota, &pod);
 	struct state *s = node_state();
 
 	if (!s)
 		return DROP_NO_STATE;
-	if (q && q->flows >= q->limit) {
-		take_slot(s, at);
+	if (q && q->flows >= q->limit && entered != ENTERED_HOST) {
+		reclaim(s, at);
 		if (q->flows >= q->limit)
 			return DROP_QUOTA;
 	}
@@ -109,13 +138,18 @@ static __noinline int confirm(struct flow_key *k, struct flow *f, __u64 at)
 	if (!place)
 		return DROP_FLOWS_FULL;
 	copy = *f;
+	// Still this flow's, after it was copied? If not, it was confirmed by another CPU or displaced: the next packet tells.
+	if (bpf_map_lookup_elem(&caracal_opens, k) != f)
+		return VERDICT_NEXT;
 	copy.slot = index;
 	copy.state = FLOW_OPEN;
 	// Count first: a remover on another CPU must never see the flow uncounted.
 	__sync_fetch_and_add(&s->flows, 1);
 	q = bpf_map_lookup_elem(&caracal_quota, &copy.charged);
-	if (q)
-		__sync_fetch_and_add(&q->flows, 1);
+	if (q && __sync_fetch_and_add(&q->flows, 1) >= q->limit && copy.entered != ENTERED_HOST) {
+		uncharge(copy.charged);
+		return DROP_QUOTA;
+	}
 	*place = *k;
 	err = bpf_map_update_elem(&caracal_flows, k, &copy, BPF_NOEXIST);
 	if (err)
@@ -167,6 +201,13 @@ static __always_inline void account(struct __sk_buff *ctx, struct flow_leg *leg,
 	leg->last_seen = at;
 }
 
+// bound is what ties a leg to its key. An element of a hash table may be given to another flow while a program holds it;
+// a leg that this happened to does not lead anybody's packets astray. The source is tied by ifindex_in.
+static __always_inline __u64 bound(const struct packet *p)
+{
+	return *(const __u64 *)&p->key.port_a ^ (p->side ? cwords(p->key.address_a)[1] : cwords(p->key.address_b)[1]);
+}
+
 // stamp makes a leg current: invalid first, the epoch last, so that no other CPU uses half of it.
 static __always_inline void stamp(struct flow_leg *leg, const struct packet *p, __u32 ifindex_in)
 {
@@ -175,6 +216,7 @@ static __always_inline void stamp(struct flow_leg *leg, const struct packet *p, 
 	leg->ifindex_in = ifindex_in;
 	__builtin_memcpy(leg->to.mac, p->to.mac, 12);
 	WRITE_ONCE(*(__u64 *)&leg->to, *(__u64 *)&p->to);
+	leg->bound = bound(p);
 	barrier();
 	WRITE_ONCE(leg->epoch, p->epoch);
 }
@@ -182,5 +224,6 @@ static __always_inline void stamp(struct flow_leg *leg, const struct packet *p, 
 // current tells whether a leg was judged in this epoch for packets that come this way.
 static __always_inline bool current(const struct flow_leg *leg, const struct packet *p, __u32 ifindex_in, __u64 at)
 {
-	return READ_ONCE(leg->epoch) == p->epoch && leg->ifindex_in == ifindex_in && at - leg->last_seen < FRESH;
+	return READ_ONCE(leg->epoch) == p->epoch && READ_ONCE(leg->ifindex_in) == ifindex_in &&
+	       READ_ONCE(leg->bound) == bound(p) && at - leg->last_seen < FRESH;
 }

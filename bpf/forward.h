@@ -59,6 +59,8 @@ static __always_inline int forward_stage(struct __sk_buff *ctx, struct packet *p
 	switch (p->to.forward) {
 	case FORWARD_TO_POD:
 		p->mark = 1; // for the ways out that follow
+		if (unlikely(p->flags & PKT_NO_PORTS))
+			return STACK_PROTOCOL;
 		if (unlikely(p->flags & PKT_OPTIONS))
 			return STACK_OPTIONS;
 		if (unlikely(p->ttl <= 1))
@@ -74,6 +76,6 @@ static __always_inline int forward_stage(struct __sk_buff *ctx, struct packet *p
 	case FORWARD_DELIVER:
 		return FORWARD_FROM_STACK;
 	default:
-		return STACK_ROUTED;
+		return p->flags & PKT_NO_PORTS ? STACK_PROTOCOL : STACK_ROUTED;
 	}
 }

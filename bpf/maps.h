@@ -114,7 +114,7 @@ struct flow_leg {
 	__u64 packets; // wire segments; approximate
 	__u64 bytes;   // of frames; approximate
 	__u64 last_seen; // CLOCK_MONOTONIC_COARSE, ns
-	__u64 pad;
+	__u64 bound;     // what of its key `to` was made for, see bound()
 };
 
 enum PACKED flow_entry {
@@ -181,14 +181,17 @@ struct {
 struct fragment_key {
 	__u8 source[16] ADDRESS;
 	__u8 destination[16] ADDRESS;
-	__u32 id; // as in the header
-	__u8 protocol;
-	__u8 pad[3];
+	__u32 id;      // as in the header
+	__u32 ifindex; // at which it was seen: what another pod sends in this pod's name is not found
+	__u8 protocol; // IPv6: 0, only the first fragment knows it
+	__u8 pad[7];
 };
 
 struct fragment {
 	__be16 source_port;
 	__be16 destination_port;
+	__u8 protocol;
+	__u8 pad[3];
 };
 
 // caracal_frags: the ports in the first fragment of a packet, for the other fragments.

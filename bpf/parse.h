@@ -30,6 +30,8 @@
 #define TCP_RST 0x04
 #define TCP_ACK 0x10
 
+#define SCTP_INIT 1 // chunk type, RFC 9260 section 3.2
+
 #define EXTENSIONS 6 // IPv6 extension headers that are followed
 #define V4_WORD 0xffff0000ULL // second 32-bit word of a v4-mapped address, in the low half of its second 64-bit word
 
@@ -129,6 +131,12 @@ static __always_inline void icmp(struct packet *p, __u8 type, __u8 code, __be16 
 	*sport = *dport = query ? id : 0;
 }
 
+static __always_inline bool has_ports(__u8 protocol)
+{
+	return protocol == PROTO_TCP || protocol == PROTO_UDP || protocol == PROTO_SCTP || protocol == PROTO_ICMP ||
+	       protocol == PROTO_ICMPV6;
+}
+
 // transport reads what the flow needs from the first bytes of the transport header, wherever it lies.
 static __noinline int transport(struct __sk_buff *ctx, struct packet *p, __be16 *sport, __be16 *dport)
 {
@@ -136,14 +144,14 @@ static __noinline int transport(struct __sk_buff *ctx, struct packet *p, __be16 
 	__u32 left, need = 8;
 
 	left = ETH_HLEN + p->l3_len - p->l4_offset;
+	if (!has_ports(p->key.protocol)) {
+		p->flags |= PKT_NO_PORTS;
+		return VERDICT_NEXT;
+	}
 	if (p->key.protocol == PROTO_TCP)
 		need = 20;
 	else if (p->key.protocol == PROTO_SCTP)
 		need = 16;
-	else if (p->key.protocol != PROTO_UDP && p->key.protocol != PROTO_ICMP && p->key.protocol != PROTO_ICMPV6) {
-		p->flags |= PKT_NO_PORTS;
-		return VERDICT_NEXT;
-	}
 	if (p->flags & PKT_FIRST_FRAGMENT && left < need)
 		return DROP_TINY_FRAGMENT;
 	if (left < need || ETH_HLEN + p->l3_len < p->l4_offset)
@@ -163,8 +171,8 @@ static __noinline int transport(struct __sk_buff *ctx, struct packet *p, __be16 
 	case PROTO_UDP: {
 		__u16 len = bpf_ntohs(*(__be16 *)&h[4]);
 
-		// A first fragment holds less than the length says; 0 is a jumbogram (RFC 2675).
-		if (len && (len < 8 || (len > left && !(p->flags & PKT_FIRST_FRAGMENT))))
+		// A first fragment holds less than the length says; 0 is an IPv6 jumbogram (RFC 2675).
+		if ((len || !p->is_v6) && (len < 8 || (len > left && !(p->flags & PKT_FIRST_FRAGMENT))))
 			return DROP_MALFORMED_L4;
 		break;
 	}
@@ -180,6 +188,7 @@ static __noinline int transport(struct __sk_buff *ctx, struct packet *p, __be16 
 // extensions follows IPv6 extension headers (RFC 8200 section 4) from p->l4_offset on and sets the protocol.
 static __noinline int extensions(struct __sk_buff *ctx, struct packet *p, __u8 next)
 {
+	bool fragment = false;
 	__u32 end;
 
 	end = ETH_HLEN + p->l3_len;
@@ -198,6 +207,9 @@ static __noinline int extensions(struct __sk_buff *ctx, struct packet *p, __u8 n
 		if (next == PROTO_FRAGMENT) {
 			__u16 offset = bpf_ntohs(*(__be16 *)&h[2]);
 
+			if (fragment)
+				return DROP_EXTENSION;
+			fragment = true;
 			p->fragment_id = *(__u32 *)&h[4];
 			p->l4_offset += 8;
 			p->key.protocol = h[0];
@@ -223,25 +235,30 @@ static __noinline int extensions(struct __sk_buff *ctx, struct packet *p, __u8 n
 }
 
 // fragment_ports gives every fragment of a packet the ports of the first.
-static __noinline int fragment_ports(struct packet *p, const __u64 *address, __be16 *ports)
+static __noinline int fragment_ports(struct __sk_buff *ctx, struct packet *p, const __u64 *address, __be16 *ports)
 {
 	struct fragment_key k = {};
-	struct fragment *f, value;
+	struct fragment *f, value = {};
 
 	put_address(k.source, address[0], address[1]);
 	put_address(k.destination, address[2], address[3]);
 	k.id = p->fragment_id;
-	k.protocol = p->key.protocol;
+	k.ifindex = ctx->ifindex;
+	k.protocol = p->is_v6 ? 0 : p->key.protocol;
 	if (p->flags & PKT_LATER_FRAGMENT) {
 		f = bpf_map_lookup_elem(&caracal_frags, &k);
 		if (!f)
 			return DROP_FRAGMENT;
 		ports[0] = f->source_port;
 		ports[1] = f->destination_port;
+		p->key.protocol = f->protocol;
+		if (!has_ports(f->protocol))
+			p->flags |= PKT_NO_PORTS;
 		return VERDICT_NEXT;
 	}
 	value.source_port = ports[0];
 	value.destination_port = ports[1];
+	value.protocol = p->key.protocol;
 	bpf_map_update_elem(&caracal_frags, &k, &value, BPF_ANY);
 	return VERDICT_NEXT;
 }
@@ -257,7 +274,7 @@ static __noinline int uncommon(struct __sk_buff *ctx, struct packet *p, const __
 	if (!(p->flags & PKT_LATER_FRAGMENT) && (v = transport(ctx, p, &ports[0], &ports[1])))
 		return v;
 	if (p->flags & (PKT_FIRST_FRAGMENT | PKT_LATER_FRAGMENT))
-		return fragment_ports(p, address, ports);
+		return fragment_ports(ctx, p, address, ports);
 	return VERDICT_NEXT;
 }
 
@@ -334,6 +351,11 @@ static __always_inline int parse(struct __sk_buff *ctx, struct packet *p)
 			return DROP_MALFORMED_IP;
 		__builtin_memcpy(&address[0], &ip->saddr, 16);
 		__builtin_memcpy(&address[2], &ip->daddr, 16);
+		// In an IPv6 header a v4-mapped address would pass for the IPv4 one (RFC 4942 section 2.2).
+		if (unlikely(!address[0]) && (__u32)address[1] == (__u32)V4_WORD)
+			return DROP_SPOOF;
+		if (unlikely(!address[2]) && (__u32)address[3] == (__u32)V4_WORD)
+			return DROP_MARTIAN;
 		p->ttl = ip->hop_limit;
 		p->key.protocol = ip->nexthdr;
 		p->l4_offset = ETH_HLEN + sizeof(*ip);
@@ -359,7 +381,7 @@ static __always_inline int parse(struct __sk_buff *ctx, struct packet *p)
 	} else if (straight && p->key.protocol == PROTO_UDP && l4 + 8 <= end && left >= 8) {
 		__u16 len = bpf_ntohs(*(__be16 *)(l4 + 4));
 
-		if (len && (len < 8 || len > left))
+		if (unlikely(len < 8 || len > left) && (len || !p->is_v6))
 			return DROP_MALFORMED_L4;
 		ports[0] = *(__be16 *)l4;
 		ports[1] = *(__be16 *)(l4 + 2);

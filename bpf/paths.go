@@ -2,6 +2,7 @@ package bpf
 
 import (
 	"path/filepath"
+	"strconv"
 	"strings"
 )
 
@@ -25,6 +26,17 @@ func LinksDir(dir string) string { return filepath.Join(dir, "links") }
 // dot in the interface's name becomes a colon.
 func LinkPath(dir, ifname, program string) string {
 	return filepath.Join(LinksDir(dir), strings.ReplaceAll(ifname, ".", ":")+"-"+program)
+}
+
+// AsidePath: /sys/fs/bpf/caracal~<pid>, where a process prepares what it then renames to path. No node's directory is
+// taken for one.
+func AsidePath(path string, pid int) string { return path + "~" + strconv.Itoa(pid) }
+
+// AsideOf is the path that AsidePath gave an aside for, and whether it is one.
+func AsideOf(aside string) (string, bool) {
+	path, pid, _ := strings.Cut(aside, "~")
+	_, err := strconv.ParseUint(pid, 10, 32)
+	return path, err == nil
 }
 
 // LinkInterface is the interface in the file name that LinkPath gave for a program, and whether it is one.

@@ -2,9 +2,11 @@
 #pragma once
 #include "policy.h"
 
-// holds tells whether a pod has an address. Unused places are ::, which is no destination and no source.
+// holds tells whether a pod has an address. Unused places are ::, which no pod has.
 static __always_inline bool holds(const struct pod_slot *slot, const __u8 *address)
 {
+	if (!cwords(address)[0] && !cwords(address)[1])
+		return false;
 	for (int i = 0; i < POD_ADDRESSES; i++)
 		if (same_address(slot->addresses[i], address))
 			return true;

@@ -11,13 +11,18 @@ struct origin {
 	const struct pod_slot *peer; // the receiver, likewise
 };
 
-// reopens tells whether a packet starts a new connection in the place of flow f: a SYN, when f is over or the other
-// side had opened it.
+// reopens tells whether a packet starts a new connection in the place of flow f: a SYN, or an INIT of SCTP, when f is
+// over, or the other side had opened it, or it came the other way (a pod may take one port to a Service and to the pod
+// behind it in turn).
 static __always_inline bool reopens(const struct packet *p, const struct flow *f)
 {
-	if (p->key.protocol != PROTO_TCP || (p->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
+	bool starts = p->key.protocol == PROTO_TCP ? (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN
+						   : p->key.protocol == PROTO_SCTP && p->sctp_chunk == SCTP_INIT;
+
+	if (!starts)
 		return false;
-	return f->state == FLOW_CLOSED || f->state == FLOW_CLOSING || p->side != f->opener;
+	return f->state == FLOW_CLOSED || f->state == FLOW_CLOSING || p->side != f->opener ||
+	       (p->hook == HOOK_FROM_POD) != (f->entered == ENTERED_POD);
 }
 
 // oriented judges with the opener's side known.
@@ -53,9 +58,9 @@ static __noinline int open_flow(struct __sk_buff *ctx, struct packet *p, struct 
 	}
 	if (v)
 		return v;
-	v = charge(o->charged, at);
-	if (v)
-		return v;
+	v = charge(o->charged, o->entered, at);
+	if (v) // what a process of the host sends arrives also when its flow finds no room
+		return o->entered == ENTERED_HOST ? VERDICT_NEXT : v;
 	n.opened = at;
 	n.charged = o->charged;
 	n.entered = o->entered;
@@ -78,16 +83,23 @@ static __noinline int open_flow(struct __sk_buff *ctx, struct packet *p, struct 
 static __noinline int track(struct __sk_buff *ctx, struct packet *p, struct origin *o)
 {
 	struct flow *f = bpf_map_lookup_elem(&caracal_flows, &p->key);
-	bool confirmed = f != NULL;
+	bool confirmed = true, over;
 	struct flow_leg *leg;
 	__u64 at = now();
 	int v;
 
-	if (!f)
+	if (!f) {
 		f = bpf_map_lookup_elem(&caracal_opens, &p->key);
-	if (f && (expired(&p->key, f, at) || reopens(p, f))) {
-		// Judged before the old flow goes: a denied SYN must not end the connection whose ports it took.
-		if (o->entered != ENTERED_HOST && (v = oriented(o, false)))
+		confirmed = false;
+	}
+	if (!f) { // confirmed by another CPU between the two looks: it enters the one before it leaves the other
+		f = bpf_map_lookup_elem(&caracal_flows, &p->key);
+		confirmed = f != NULL;
+	}
+	over = f && expired(&p->key, f, at);
+	if (f && (over || reopens(p, f))) {
+		// Judged before a living flow goes: a denied SYN must not end the connection whose ports it took.
+		if (!over && o->entered != ENTERED_HOST && (v = oriented(o, false)))
 			return v;
 		if (confirmed)
 			remove_flow(&p->key, f);
@@ -101,7 +113,7 @@ static __noinline int track(struct __sk_buff *ctx, struct packet *p, struct orig
 	through(p, f);
 	leg = &f->leg[p->side & 1];
 	if (!current(leg, p, o->ifindex, at)) {
-		if (f->entered != ENTERED_HOST && (v = oriented(o, p->side != f->opener)))
+		if (o->entered != ENTERED_HOST && f->entered != ENTERED_HOST && (v = oriented(o, p->side != f->opener)))
 			return v;
 		stamp(leg, p, o->ifindex);
 	}
@@ -111,9 +123,10 @@ static __noinline int track(struct __sk_buff *ctx, struct packet *p, struct orig
 	return VERDICT_NEXT;
 }
 
-// quoted finds the flow that an ICMP error is about, in the packet it quotes, and whether the error goes to the
-// sender of that packet (RFC 1122 section 3.2.2, RFC 4443 section 2.4).
-static __noinline struct flow *quoted(struct __sk_buff *ctx, struct packet *p)
+// related passes an ICMP error that is about a flow which policy still allows, found in the packet it quotes. It must go
+// to who sent that packet (RFC 1122 section 3.2.2, RFC 4443 section 2.4), and what a pod sends must come from who received
+// it: no pod speaks about the flows of others.
+static __noinline int related(struct __sk_buff *ctx, struct packet *p, struct origin *o)
 {
 	__u32 at = p->l4_offset + 8;
 	struct packet q = {};
@@ -126,36 +139,49 @@ static __noinline struct flow *quoted(struct __sk_buff *ctx, struct packet *p)
 		struct ipv6hdr ip;
 
 		if (bpf_skb_load_bytes(ctx, at, &ip, sizeof(ip)))
-			return NULL;
+			return DROP_ICMP_ERROR;
 		q.is_v6 = 1;
 		q.key.protocol = ip.nexthdr;
 		__builtin_memcpy(&address[0], &ip.saddr, 16);
 		__builtin_memcpy(&address[2], &ip.daddr, 16);
 		at += sizeof(ip);
+		if (q.key.protocol == PROTO_FRAGMENT) { // of the first fragment, or of one alone
+			if (bpf_skb_load_bytes(ctx, at, l4, sizeof(l4)) || *(__be16 *)&l4[2] & bpf_htons(0xfff8))
+				return DROP_ICMP_ERROR;
+			q.key.protocol = l4[0];
+			at += 8;
+		}
 	} else {
 		struct iphdr ip;
 
 		if (bpf_skb_load_bytes(ctx, at, &ip, sizeof(ip)) || ip.ihl < 5 ||
 		    ip.frag_off & bpf_htons(0x1fff))
-			return NULL;
+			return DROP_ICMP_ERROR;
 		q.key.protocol = ip.protocol;
 		address[1] = v4_low(ip.saddr);
 		address[3] = v4_low(ip.daddr);
 		at += ip.ihl * 4;
 	}
 	if (bpf_skb_load_bytes(ctx, at, l4, sizeof(l4)))
-		return NULL;
+		return DROP_ICMP_ERROR;
 	if (q.key.protocol == PROTO_ICMP || q.key.protocol == PROTO_ICMPV6) {
 		icmp(&q, l4[0], l4[1], *(__be16 *)&l4[4], &ports[0], &ports[1]);
 	} else if (q.key.protocol == PROTO_TCP || q.key.protocol == PROTO_UDP || q.key.protocol == PROTO_SCTP) {
 		ports[0] = *(__be16 *)&l4[0];
 		ports[1] = *(__be16 *)&l4[2];
-	} else {
-		return NULL;
 	}
 	tuple(&q, address[0], address[1], address[2], address[3], ports[0], ports[1]);
 	if (!same_address(source(&q), destination(p)))
-		return NULL;
+		return DROP_ICMP_ERROR;
+	if (p->hook == HOOK_FROM_POD && !same_address(destination(&q), source(p)))
+		return DROP_ICMP_ERROR;
 	f = bpf_map_lookup_elem(&caracal_flows, &q.key);
-	return f ? f : bpf_map_lookup_elem(&caracal_opens, &q.key);
+	if (!f)
+		f = bpf_map_lookup_elem(&caracal_opens, &q.key);
+	if (!f)
+		return DROP_ICMP_ERROR;
+	through(p, f);
+	if (f->entered == ENTERED_HOST || o->entered == ENTERED_HOST)
+		return VERDICT_NEXT;
+	return oriented(o, q.side == f->opener); // it answers the packet it quotes
 }
