@@ -71,9 +71,19 @@ func attach(dir, ifname string, ifindex int, program string, hook ebpf.AttachTyp
 	}
 	if l != nil {
 		defer l.Close()
-		return update(l, p, ifname)
+		if err := update(l, p, ifname); err != nil {
+			return err
+		}
+		return tc.Detach(ifindex, d) // what a Settle that was killed left
 	}
 	if mode == TCX && HasTCX() {
+		id, err := tc.Attached(ifindex, d)
+		if err != nil {
+			return err
+		}
+		if id != 0 {
+			return settle(dir, ifname, ifindex, program, hook, d)
+		}
 		return attachTCX(dir, ifname, ifindex, program, hook, p)
 	}
 	if err := tc.AddClsact(ifindex); err != nil {
@@ -223,6 +233,7 @@ func Links(dir string) ([]string, error) {
 			}
 		}
 	}
+	slices.Sort(names)
 	return names, nil
 }
 

@@ -9,11 +9,14 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"github.com/caracal-net/caracal/bpf"
+	"github.com/caracal-net/caracal/internal/tc"
 )
 
 // DefaultMaxFlows is the size of the flow table unless Config says otherwise: 33 MB of kernel memory.
@@ -38,10 +41,24 @@ type Config struct {
 	Dir      string // the node's own directory in a bpffs, e.g. /sys/fs/bpf/caracal
 	MaxFlows uint32 // size of the flow table in entries; 0 = DefaultMaxFlows; fixed when the maps are made
 	NodeID   string // written into caracal_state, at most 31 bytes; how agent and plugin know they see the same bpffs
+	Timeouts Timeouts
+}
+
+// Timeouts say how long a flow may be silent before its place is taken by a new one. 0: the default in bpf/state.h. They
+// are fixed when programs are loaded.
+type Timeouts struct {
+	Opening time.Duration // one side was heard, or TCP's handshake is not over
+	TCP     time.Duration
+	UDP     time.Duration
+	ICMP    time.Duration // and every protocol without ports
+	SCTP    time.Duration
+	Closing time.Duration // after FIN from both sides, or SHUTDOWN COMPLETE
+	Closed  time.Duration // after RST or ABORT
 }
 
 // Ensure loads and pins programs and maps unless a compatible set is pinned in cfg.Dir already, which costs a few
-// system calls. Several callers at once are safe: one of them wins. Errors: ErrNotBPFFS, ErrVersion, ErrKernel.
+// system calls. Several callers at once are safe: one loads, the others wait for it. What a caller that was killed left
+// is removed. Errors: ErrNotBPFFS, ErrVersion, ErrKernel.
 func Ensure(cfg Config) error {
 	if err := checkPinned(cfg.Dir); !errors.Is(err, ErrNotLoaded) {
 		return err
@@ -50,6 +67,17 @@ func Ensure(cfg Config) error {
 		return err
 	}
 	if err := Probe(); err != nil {
+		return err
+	}
+	unlock, err := lock(cfg.Dir)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if err := checkPinned(cfg.Dir); !errors.Is(err, ErrNotLoaded) {
+		return err
+	}
+	if err := removeAsides(cfg.Dir); err != nil {
 		return err
 	}
 	objects, err := load(cfg, nil)
@@ -62,16 +90,57 @@ func Ensure(cfg Config) error {
 	}
 
 	// Everything is pinned aside and appears at once.
-	aside := fmt.Sprintf("%s-%d", cfg.Dir, os.Getpid())
+	aside := bpf.AsidePath(cfg.Dir, os.Getpid())
 	defer os.RemoveAll(aside)
 	if err := pinAll(objects, aside); err != nil {
 		return err
 	}
 	if err := os.Rename(aside, cfg.Dir); err != nil {
-		if checkPinned(cfg.Dir) == nil {
-			return nil // another process was first; ours goes away unused
-		}
 		return fmt.Errorf("publish %s: %w", cfg.Dir, err)
+	}
+	return nil
+}
+
+// lock keeps other loaders of the nodes beside dir out until unlock is called. The kernel gives it back when its holder
+// dies, so whatever stands aside while it is held is nobody's.
+func lock(dir string) (unlock func(), err error) {
+	f, err := os.Open(filepath.Dir(dir))
+	if err != nil {
+		return nil, fmt.Errorf("lock loading: %w", err)
+	}
+	for {
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX)
+		if !errors.Is(err, unix.EINTR) {
+			break
+		}
+	}
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock %s: %w", f.Name(), err)
+	}
+	return func() { f.Close() }, nil
+}
+
+// removeAsides removes what killed loaders of this node left beside its directory or its pins. Callers hold the lock.
+func removeAsides(dir string) error {
+	for _, parent := range []string{filepath.Dir(dir), bpf.ProgramsDir(dir)} {
+		entries, err := os.ReadDir(parent)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("look for leftovers: %w", err)
+		}
+		for _, e := range entries {
+			path := filepath.Join(parent, e.Name())
+			of, ok := bpf.AsideOf(path)
+			if !ok || of != dir && parent != bpf.ProgramsDir(dir) {
+				continue
+			}
+			if err := os.RemoveAll(path); err != nil {
+				return fmt.Errorf("remove leftover: %w", err)
+			}
+		}
 	}
 	return nil
 }
@@ -127,6 +196,9 @@ func load(cfg Config, pinned map[string]*ebpf.Map) (*bpf.DataplaneObjects, error
 	for name, m := range pinned {
 		spec.Maps[name].MaxEntries = m.MaxEntries()
 	}
+	if err := setTimeouts(spec, cfg.Timeouts); err != nil {
+		return nil, err
+	}
 	var objects bpf.DataplaneObjects
 	if err := spec.LoadAndAssign(&objects, &ebpf.CollectionOptions{MapReplacements: pinned}); err != nil {
 		if errors.Is(err, ebpf.ErrMapIncompatible) {
@@ -135,6 +207,25 @@ func load(cfg Config, pinned map[string]*ebpf.Map) (*bpf.DataplaneObjects, error
 		return nil, fmt.Errorf("load programs: %w", err)
 	}
 	return &objects, nil
+}
+
+func setTimeouts(spec *ebpf.CollectionSpec, t Timeouts) error {
+	for name, d := range map[string]time.Duration{
+		bpf.DataplaneVarTimeoutOpening: t.Opening, bpf.DataplaneVarTimeoutTcp: t.TCP, bpf.DataplaneVarTimeoutUdp: t.UDP,
+		bpf.DataplaneVarTimeoutIcmp: t.ICMP, bpf.DataplaneVarTimeoutSctp: t.SCTP,
+		bpf.DataplaneVarTimeoutClosing: t.Closing, bpf.DataplaneVarTimeoutClosed: t.Closed,
+	} {
+		if d < 0 {
+			return fmt.Errorf("%s is negative: %s", name, d)
+		}
+		if d == 0 {
+			continue
+		}
+		if err := spec.Variables[name].Set(uint64(d)); err != nil {
+			return fmt.Errorf("set %s: %w", name, err)
+		}
+	}
+	return nil
 }
 
 func initState(m *ebpf.Map, cfg Config) error {
@@ -177,11 +268,92 @@ func pinAll(objects *bpf.DataplaneObjects, dir string) error {
 	return nil
 }
 
-// Unload removes every pin of the node in dir, and dir. Interfaces keep no program that was attached by TCX; clsact
-// filters stay until their interface goes or Detach removes them. Nothing there is not an error.
+// Unload takes the programs of the node in dir off its pods' interfaces and removes every pin, and dir. Run it in the
+// node's network namespace: clsact filters elsewhere stay until their interface goes. Nothing there is not an error.
 func Unload(dir string) error {
+	unlock, err := lock(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if err := detachAll(dir); err != nil {
+		return err
+	}
 	if err := os.RemoveAll(dir); err != nil {
 		return fmt.Errorf("remove pins: %w", err)
 	}
+	return removeAsides(dir)
+}
+
+// detachAll removes the clsact filters of the node's programs. TCX links go with their pins.
+func detachAll(dir string) error {
+	pods, err := ebpf.LoadPinnedMap(bpf.MapPath(dir, bpf.DataplaneMapCaracalPods), nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("open pinned pods: %w", err)
+	}
+	defer pods.Close()
+	return eachFilter(pods, func(ifindex, hook int) error {
+		if err := tc.Detach(ifindex, hooks[hook].clsact); err != nil {
+			return err
+		}
+		return tc.RemoveClsact(ifindex)
+	})
+}
+
+// eachFilter calls fn for every clsact filter, on the interfaces in pods, whose program uses this very map: an interface
+// of that number may be another node's. hook is an index of hooks.
+func eachFilter(pods *ebpf.Map, fn func(ifindex, hook int) error) error {
+	info, err := pods.Info()
+	if err != nil {
+		return fmt.Errorf("read pods: %w", err)
+	}
+	own, _ := info.ID()
+	var (
+		ifindex uint32
+		pod     bpf.DataplanePod
+		all     []int
+	)
+	entries := pods.Iterate()
+	for entries.Next(&ifindex, &pod) {
+		all = append(all, int(ifindex))
+	}
+	if err := entries.Err(); err != nil {
+		return fmt.Errorf("list pods: %w", err)
+	}
+	for _, ifindex := range all {
+		for i, h := range hooks {
+			id, err := tc.Attached(ifindex, h.clsact)
+			if err != nil {
+				return err
+			}
+			if id == 0 || !uses(ebpf.ProgramID(id), own) {
+				continue
+			}
+			if err := fn(ifindex, i); err != nil {
+				return err
+			}
+		}
+	}
 	return nil
+}
+
+// uses tells whether a loaded program uses a map.
+func uses(program ebpf.ProgramID, m ebpf.MapID) bool {
+	p, err := ebpf.NewProgramFromID(program)
+	if err != nil {
+		return false
+	}
+	defer p.Close()
+	info, err := p.Info()
+	if err != nil {
+		return false
+	}
+	ids, _ := info.MapIDs()
+	return slices.Contains(ids, m)
 }

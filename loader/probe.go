@@ -42,4 +42,6 @@ func Probe() error {
 }
 
 // HasTCX tells whether interfaces take programs by TCX links (Linux 6.6); otherwise clsact is used.
-var HasTCX = sync.OnceValue(probeTCX)
+func HasTCX() bool { return hasTCX() }
+
+var hasTCX = sync.OnceValue(probeTCX)

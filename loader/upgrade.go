@@ -21,6 +21,14 @@ func Upgrade(cfg Config) error {
 	if err := checkPinned(cfg.Dir); err != nil {
 		return err
 	}
+	unlock, err := lock(cfg.Dir)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if err := removeAsides(cfg.Dir); err != nil {
+		return err
+	}
 	pinned := make(map[string]*ebpf.Map)
 	defer func() {
 		for _, m := range pinned {
@@ -54,7 +62,7 @@ func Upgrade(cfg Config) error {
 
 // replacePin pins p at path in one step, whatever was pinned there.
 func replacePin(p *ebpf.Program, path string) error {
-	aside := fmt.Sprintf("%s-%d", path, os.Getpid())
+	aside := bpf.AsidePath(path, os.Getpid())
 	if err := p.Pin(aside); err != nil {
 		return fmt.Errorf("pin %s: %w", aside, err)
 	}
@@ -78,24 +86,10 @@ func updateAll(dir string, objects *bpf.DataplaneObjects) error {
 			}
 		}
 	}
-	var ifindex uint32
-	var pod bpf.DataplanePod
-	pods := objects.CaracalPods.Iterate()
-	for pods.Next(&ifindex, &pod) {
-		for _, h := range hooks {
-			id, err := tc.Attached(int(ifindex), h.clsact)
-			if err != nil {
-				return err
-			}
-			if id == 0 {
-				continue
-			}
-			if err := tc.Attach(int(ifindex), h.clsact, h.program, bpf.Programs(objects)[h.program].FD()); err != nil {
-				return err
-			}
-		}
-	}
-	return pods.Err()
+	return eachFilter(objects.CaracalPods, func(ifindex, hook int) error {
+		h := hooks[hook]
+		return tc.Attach(ifindex, h.clsact, h.program, bpf.Programs(objects)[h.program].FD())
+	})
 }
 
 func updateLink(path string, p *ebpf.Program) error {
