@@ -187,6 +187,11 @@ func (n *node) addPod(name string, index int, mode loader.Mode, opts ...podOptio
 	if err := p.ns.Do(func() error { return p.configure() }); err != nil {
 		n.t.Fatal(err)
 	}
+	// The host's end was up first and sends nothing until the kernel has noticed its carrier; asking for the link makes it.
+	n.do(func() error {
+		_, err := netlink.LinkByIndex(p.commit.IfIndex)
+		return err
+	})
 	return p
 }
 

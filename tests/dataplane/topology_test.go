@@ -164,7 +164,7 @@ func TestTCPBetweenPods(t *testing.T) {
 		for i := range payload {
 			payload[i] = byte(i * 7)
 		}
-		go func() { unix.Write(client, payload) }()
+		go writeAll(client, payload)
 		got := 0
 		buf := make([]byte, 65536)
 		for got < len(payload) {
@@ -187,6 +187,17 @@ func TestTCPBetweenPods(t *testing.T) {
 			t.Fatalf("flows %+v, want one, open, confirmed, opened by %s", flows, a.addr(v6))
 		}
 	})
+}
+
+// writeAll writes all of b: a signal, which the Go runtime sends now and then, makes a blocking write return early.
+func writeAll(fd int, b []byte) {
+	for len(b) > 0 {
+		n, err := unix.Write(fd, b)
+		if err != nil {
+			return
+		}
+		b = b[n:]
+	}
 }
 
 // connect opens a TCP connection from a to b's port 7.
@@ -291,7 +302,7 @@ func TestPathMTU(t *testing.T) {
 		a, b := n.addPod("a", 1, mode), n.addPod("b", 2, mode, withMTU(1400))
 		client, server := connect(t, a, b, v6)
 		payload := make([]byte, 100_000)
-		go unix.Write(client, payload)
+		go writeAll(client, payload)
 		got := 0
 		buf := make([]byte, 65536)
 		for got < len(payload) {
@@ -301,6 +312,5 @@ func TestPathMTU(t *testing.T) {
 			}
 			got += k
 		}
-		_ = b
 	})
 }
