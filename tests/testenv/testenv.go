@@ -17,13 +17,11 @@ import (
 	"time"
 
 	"github.com/caracal-net/caracal/tests/leak"
+	"github.com/caracal-net/caracal/tools/lab"
 )
 
 // BinDirVariable names a directory with binaries built before (bin/ after `make build`), which are then not built.
 const BinDirVariable = "CARACAL_BIN_DIR"
-
-// NoSkipsVariable makes every Skip a failure, for machines that have all that the tests need.
-const NoSkipsVariable = "CARACAL_NO_SKIPS"
 
 // aliases are the second names that the binaries answer to.
 var aliases = map[string]string{"caracal-ipam": "caracal", "caracalctl": "caracald"}
@@ -113,7 +111,7 @@ func Root() (string, error) {
 func NeedRoot(t testing.TB) {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		Skip(t, "needs root: network namespaces, mounts, eBPF")
+		lab.Skip(t, "needs root: network namespaces, mounts, eBPF")
 	}
 }
 
@@ -125,15 +123,6 @@ func NeedProgram(t testing.TB, name, debianPackage string) string {
 			return p
 		}
 	}
-	Skip(t, fmt.Sprintf("needs %s (apt-get install %s)", name, debianPackage))
+	lab.Skip(t, fmt.Sprintf("needs %s (apt-get install %s)", name, debianPackage))
 	return ""
-}
-
-// Skip skips the test, or fails it where CARACAL_NO_SKIPS is set.
-func Skip(t testing.TB, why string) {
-	t.Helper()
-	if os.Getenv(NoSkipsVariable) != "" {
-		t.Fatalf("%s (and %s is set)", why, NoSkipsVariable)
-	}
-	t.Skip(why)
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -76,10 +77,25 @@ func defaultConflist(cfg Config, h *Host) ([]byte, error) {
 // added to their environment.
 func (h *Host) libcni(env []string) *libcni.CNIConfig {
 	return libcni.NewCNIConfigWithCacheDir(h.CNIPath(), h.CacheDir(), &hostExec{
-		RawExec: invoke.RawExec{Stderr: os.Stderr},
+		RawExec: invoke.RawExec{Stderr: appendTo(h.LogFile())},
 		ns:      h.Netns(),
 		env:     append(append([]string{}, h.Namespace().env...), env...),
 	})
+}
+
+// LogFile is where plugins' stderr goes. New's cleanup logs it when a test failed.
+func (h *Host) LogFile() string { return filepath.Join(h.Dir(), "cni.log") }
+
+// appendTo appends each write to the file of that name.
+type appendTo string
+
+func (name appendTo) Write(p []byte) (int, error) {
+	f, err := os.OpenFile(string(name), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		return 0, fmt.Errorf("open log: %w", err)
+	}
+	n, err := f.Write(p)
+	return n, errors.Join(err, f.Close())
 }
 
 // hostExec is libcni's way to run a plugin, from inside a host's network namespace.

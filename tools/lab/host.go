@@ -111,7 +111,7 @@ func (h *Host) Dir() string { return filepath.Join(h.lab.Dir, h.Name) }
 // StateDir is the plugin's state_dir on this host. The plugin makes it.
 func (h *Host) StateDir() string { return filepath.Join(h.Dir(), "state") }
 
-// BPFDir is the plugin's bpffs_dir on this host: a directory of the lab's bpffs.
+// BPFDir is the plugin's bpffs_dir on this host, in the lab's bpffs. The plugin makes it.
 func (h *Host) BPFDir() string { return filepath.Join(h.lab.bpfDir(), h.Name) }
 
 // BootIDFile is the plugin's boot_id_file on this host.
@@ -157,7 +157,7 @@ func (h *Host) SetBootID() error {
 }
 
 func (h *Host) build(cfg Config) error {
-	for _, dir := range []string{h.Dir(), h.podsDir(), h.ConfDir(), h.CacheDir(), h.BPFDir()} {
+	for _, dir := range []string{h.Dir(), h.podsDir(), h.ConfDir(), h.CacheDir()} {
 		if err := os.Mkdir(dir, 0o700); err != nil {
 			return fmt.Errorf("create host: %w", err)
 		}

@@ -33,7 +33,7 @@ const ptp = `{"cniVersion":"1.0.0","name":"{{.Network}}","plugins":[{"type":"ptp
 func needPlugins(t *testing.T) {
 	t.Helper()
 	if !isFile("/usr/lib/cni/ptp") {
-		t.Skip("needs the standard CNI plugins (apt-get install containernetworking-plugins)")
+		Skip(t, "needs the standard CNI plugins (apt-get install containernetworking-plugins)")
 	}
 }
 
@@ -499,9 +499,11 @@ func TestReboot(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	pin := filepath.Join(h.BPFDir(), "sub")
-	if err := os.Mkdir(pin, 0o700); err != nil {
-		t.Fatal(err)
+	pin, unfinished, others := filepath.Join(h.BPFDir(), "sub"), h.BPFDir()+"~123", l.Host(2).BPFDir()
+	for _, d := range []string{pin, unfinished, others} {
+		if err := os.MkdirAll(d, 0o700); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if err := h.Reboot(t.Context()); err != nil {
 		t.Fatal(err)
@@ -509,8 +511,13 @@ func TestReboot(t *testing.T) {
 	if after, err := os.ReadFile(h.BootIDFile()); err != nil || string(after) == string(before) || len(after) != 37 {
 		t.Errorf("boot id %q after %q, %v", after, before, err)
 	}
-	if _, err := os.Stat(pin); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("what was in the bpffs: %v", err)
+	for _, d := range []string{pin, unfinished} {
+		if _, err := os.Stat(d); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("what was in the bpffs: %v", err)
+		}
+	}
+	if _, err := os.Stat(others); err != nil {
+		t.Errorf("the other host's pins: %v", err)
 	}
 	serveName(t, l.Host(2).Namespace(), "h2")
 	if got, err := askPatiently(h.Namespace(), l.Host(2).Addr()); err != nil || got != "h2" {

@@ -3,6 +3,8 @@ package lab
 import (
 	"context"
 	"fmt"
+	"os"
+	"path/filepath"
 
 	"golang.org/x/sys/unix"
 
@@ -38,8 +40,17 @@ func (h *Host) Reboot(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := removeChildren(h.BPFDir()); err != nil {
-		return err
+	// Not only the directory: it is made under a name of its own ("h1~...") and then renamed.
+	for _, pattern := range []string{h.BPFDir(), h.BPFDir() + "[^0-9]*"} {
+		dirs, err := filepath.Glob(pattern)
+		if err != nil {
+			return fmt.Errorf("list pins: %w", err)
+		}
+		for _, d := range dirs {
+			if err := os.RemoveAll(d); err != nil {
+				return fmt.Errorf("remove pins: %w", err)
+			}
+		}
 	}
 	if err := h.SetBootID(); err != nil {
 		return err

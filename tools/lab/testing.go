@@ -24,10 +24,7 @@ func TestName() string { return fmt.Sprintf("t%dn%d", os.Getpid(), testLabs.Add(
 func New(t testing.TB, cfg Config) *Lab {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		if os.Getenv("CARACAL_NO_SKIPS") != "" {
-			t.Fatal("network namespaces and bpffs need root (and CARACAL_NO_SKIPS is set)")
-		}
-		t.Skip("network namespaces and bpffs need root")
+		Skip(t, "network namespaces and bpffs need root")
 	}
 	if cfg.Name == "" {
 		cfg.Name = TestName()
@@ -56,6 +53,15 @@ func New(t testing.TB, cfg Config) *Lab {
 		}
 	})
 	return l
+}
+
+// Skip skips the test, or fails it where CARACAL_NO_SKIPS says that the machine has all that tests need.
+func Skip(t testing.TB, why string) {
+	t.Helper()
+	if os.Getenv("CARACAL_NO_SKIPS") != "" {
+		t.Fatalf("%s (and CARACAL_NO_SKIPS is set)", why)
+	}
+	t.Skip(why)
 }
 
 // trace tells by which names and numbers things of the lab can be known after it is gone.

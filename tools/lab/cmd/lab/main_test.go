@@ -35,10 +35,10 @@ func TestMain(m *testing.M) {
 func needRoot(t *testing.T) {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		t.Skip("network namespaces and bpffs need root")
+		lab.Skip(t, "network namespaces and bpffs need root")
 	}
 	if _, err := os.Stat("/usr/lib/cni/bridge"); err != nil {
-		t.Skip("needs the standard CNI plugins (apt-get install containernetworking-plugins)")
+		lab.Skip(t, "needs the standard CNI plugins (apt-get install containernetworking-plugins)")
 	}
 }
 
