@@ -1,0 +1,143 @@
+// Package ctl is caracalctl, what an operator reads and repairs a node with: one file per command.
+package ctl
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/caracal-net/caracal/cni"
+)
+
+// Exit codes.
+const (
+	ExitOK    = 0
+	ExitError = 1 // it did not work, or what was checked is not right
+	ExitUsage = 2 // the command line is wrong
+)
+
+// Run runs caracalctl with the arguments that follow its name and returns its exit code.
+func Run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
+	root := newRootCommand()
+	root.SetArgs(args)
+	root.SetIn(stdin)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	err := root.ExecuteContext(ctx)
+	if err == nil {
+		return ExitOK
+	}
+	var usage usageError
+	switch {
+	case errors.Is(err, errFound):
+		return ExitError // what was found is on stdout already
+	case errors.As(err, &usage):
+		fmt.Fprintf(stderr, "caracalctl: %v\n", err)
+		return ExitUsage
+	}
+	fmt.Fprintf(stderr, "caracalctl: %v\n", err)
+	return ExitError
+}
+
+// errFound ends a check that printed what is wrong.
+var errFound = errors.New("something is wrong")
+
+// usageError is a mistake in the command line.
+type usageError struct{ error }
+
+func (e usageError) Unwrap() error { return e.error }
+
+func usagef(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
+
+// globals are the flags of every command.
+type globals struct {
+	stateDir, bpffsDir, bootIDFile string
+	output                         format
+}
+
+func newRootCommand() *cobra.Command {
+	g := &globals{output: formatTable}
+	cmd := &cobra.Command{
+		Use:   "caracalctl",
+		Short: "Read and repair a Caracal node",
+		Long: `caracalctl reads and repairs a Caracal node: its pods, routes, flows, counters and addresses.
+
+Reading commands change nothing. Exit code 0: done; 1: an error, or a check found something; 2: wrong usage.`,
+		Example: `  caracalctl pods
+  caracalctl flows --pod default/web -o json
+  caracalctl counters --drops
+  caracalctl ipam check
+  caracalctl validate < /etc/cni/net.d/10-caracal.conflist`,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Args:          noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return cmd.Help()
+		},
+		PersistentPreRunE: func(*cobra.Command, []string) error { return g.complete() },
+	}
+	cmd.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return usagef("%w; see %s --help", err, cmd.CommandPath())
+	})
+	f := cmd.PersistentFlags()
+	f.StringVar(&g.stateDir, "state-dir", fromEnv("CARACAL_STATE_DIR", cni.DefaultStateDir), "`DIR` that holds node.db (env CARACAL_STATE_DIR)")
+	f.StringVar(&g.bpffsDir, "bpffs-dir", fromEnv("CARACAL_BPFFS_DIR", cni.DefaultBPFFSDir), "`DIR` that holds the pinned maps and programs (env CARACAL_BPFFS_DIR)")
+	f.StringVar(&g.bootIDFile, "boot-id-file", os.Getenv("CARACAL_BOOT_ID_FILE"), "`FILE` with the boot id of a simulated node (env CARACAL_BOOT_ID_FILE)")
+	f.VarP(&g.output, "output", "o", "table, json or yaml")
+	complete(cmd, "output", formats...)
+	cmd.AddCommand(
+		newPodsCommand(g),
+		newRoutesCommand(g),
+		newFlowsCommand(g),
+		newCountersCommand(g),
+		newIPAMCommand(g),
+		newValidateCommand(g),
+		newVersionCommand(g),
+		newUpgradeCommand(g),
+		newUninstallCommand(g),
+	)
+	return cmd
+}
+
+func (g *globals) complete() error {
+	if g.stateDir == "" {
+		return usagef("--state-dir: empty")
+	}
+	if g.bpffsDir == "" {
+		return usagef("--bpffs-dir: empty")
+	}
+	return nil
+}
+
+func fromEnv(name, otherwise string) string {
+	if v := os.Getenv(name); v != "" {
+		return v
+	}
+	return otherwise
+}
+
+// complete offers words for a flag in the shell.
+func complete(cmd *cobra.Command, flag string, words ...string) {
+	_ = cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(words, cobra.ShellCompDirectiveNoFileComp)) // the flag exists
+}
+
+func noArgs(cmd *cobra.Command, args []string) error {
+	switch {
+	case len(args) == 0:
+		return nil
+	case cmd.HasSubCommands():
+		return usagef("unknown command %q; see %s --help", args[0], cmd.CommandPath())
+	}
+	return usagef("%s takes no arguments, not %q", cmd.CommandPath(), args[0])
+}
+
+func atMostOneArg(cmd *cobra.Command, args []string) error {
+	if len(args) > 1 {
+		return usagef("%s takes at most one argument, not %d; see --help", cmd.CommandPath(), len(args))
+	}
+	return nil
+}

@@ -1,0 +1,364 @@
+package ctl
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/caracal-net/caracal/bpf"
+	"github.com/caracal-net/caracal/cni"
+	"github.com/caracal-net/caracal/internal/fib"
+	"github.com/caracal-net/caracal/loader"
+	"github.com/caracal-net/caracal/maps"
+	"github.com/caracal-net/caracal/node"
+)
+
+// stateFiles are what Caracal keeps in its state directory.
+var stateFiles = []string{"node.db", "settle.lock", "lock"}
+
+// removal is one thing that uninstall removed, or would.
+type removal struct {
+	Kind string `json:"kind"` // pod, interface, route, pins, sysctl, file, directory
+	Name string `json:"name"`
+}
+
+// uninstalled is what uninstall did.
+type uninstalled struct {
+	DryRun  bool      `json:"dryRun"`
+	Removed []removal `json:"removed"`
+}
+
+func newUninstallCommand(g *globals) *cobra.Command {
+	o := &uninstallOptions{globals: g}
+	cmd := &cobra.Command{
+		Use:   "uninstall",
+		Short: "Remove everything that Caracal has made on this node",
+		Long: `uninstall removes what Caracal has made on this node: the pods' interfaces, kernel routes, pinned programs, links and
+maps, and the state directory's files; and it puts the recorded sysctls back. It refuses while pods are attached, unless
+--force is given: they lose their network. What is gone already is no error, so it can be repeated.
+
+Binaries, CNI configurations and log files stay: they are whoever's installed or configured them.`,
+		Example: `  caracalctl uninstall --dry-run
+  caracalctl uninstall
+  caracalctl uninstall --force`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return o.run(cmd) },
+	}
+	cmd.Flags().BoolVar(&o.force, "force", false, "also while pods are attached, or when node.db can't be read")
+	cmd.Flags().BoolVar(&o.dryRun, "dry-run", false, "only say what would be removed")
+	return cmd
+}
+
+type uninstallOptions struct {
+	*globals
+	force, dryRun bool
+
+	pods    []node.Endpoint
+	sysctls []string
+	removed []removal
+}
+
+func (o *uninstallOptions) run(cmd *cobra.Command) error {
+	if os.Geteuid() != 0 {
+		return errors.New("uninstall takes root")
+	}
+	if err := o.plan(cmd); err != nil {
+		return err
+	}
+	err := o.remove(cmd)
+	t := newTable("KIND", "NAME")
+	for _, r := range o.removed {
+		t.add(r.Kind, r.Name)
+	}
+	if o.removed == nil {
+		o.removed = []removal{}
+	}
+	if o.output == formatTable {
+		switch {
+		case len(o.removed) == 0 && err == nil:
+			fmt.Fprintln(cmd.OutOrStdout(), "nothing of Caracal is on this node")
+			return nil
+		case o.dryRun:
+			fmt.Fprintln(cmd.OutOrStdout(), "would remove:")
+		default:
+			fmt.Fprintln(cmd.OutOrStdout(), "removed:")
+		}
+	}
+	return errors.Join(err, o.print(cmd, uninstalled{o.dryRun, o.removed}, t))
+}
+
+// plan reads what node.db records, and refuses.
+func (o *uninstallOptions) plan(cmd *cobra.Command) error {
+	if err := o.ownPins(); err != nil {
+		return err
+	}
+	err := o.view(cmd.Context(), func(tx *node.Tx) error {
+		other, err := o.otherBoot(tx)
+		if err != nil {
+			return err
+		}
+		if other {
+			if o.pinned() {
+				return o.sameBoot(tx)
+			}
+			return nil // records, sysctls and interfaces of an earlier boot are gone
+		}
+		err = tx.Settings(cni.SysctlSetting, func(name, value string) error {
+			o.sysctls = append(o.sysctls, strings.TrimPrefix(name, cni.SysctlSetting)+" = "+value)
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		o.pods, err = endpoints(tx)
+		return err
+	})
+	switch {
+	case errors.Is(err, node.ErrNoDatabase):
+	case errors.Is(err, node.ErrCorrupt) && o.force:
+		warn(cmd, "%v; going by the kernel maps alone, and sysctls stay as they are", err)
+	case errors.Is(err, node.ErrCorrupt):
+		return fmt.Errorf("%w; with --force uninstall goes by the kernel maps alone", err)
+	case err != nil:
+		return err
+	}
+	if len(o.pods) > 0 && !o.force && !o.dryRun {
+		names := make([]string, 0, 4)
+		for _, e := range o.pods {
+			if names = append(names, recorded(e).title()); len(names) == 4 && len(o.pods) > 4 {
+				names[3] = "..."
+				break
+			}
+		}
+		return fmt.Errorf("%d pods are attached (%s): remove them first, or take their network away with --force", len(o.pods), strings.Join(names, ", "))
+	}
+	return nil
+}
+
+// ownPins refuses a bpffs directory that holds anything but our own.
+func (o *uninstallOptions) ownPins() error {
+	entries, err := os.ReadDir(o.bpffsDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("list pins: %w", err)
+	}
+	if err := loader.CheckBPFFS(o.bpffsDir); err != nil {
+		return fmt.Errorf("--bpffs-dir: %w", err)
+	}
+	own := map[string]bool{bpf.ProgramsDir(o.bpffsDir): true, bpf.LinksDir(o.bpffsDir): true}
+	for name := range bpf.Maps(&bpf.DataplaneObjects{}) {
+		own[bpf.MapPath(o.bpffsDir, name)] = true
+	}
+	for _, e := range entries {
+		if path := filepath.Join(o.bpffsDir, e.Name()); !own[path] {
+			return fmt.Errorf("%s is not Caracal's: is --bpffs-dir another one? Otherwise remove it, then repeat uninstall", path)
+		}
+	}
+	return nil
+}
+
+// remove goes on after an error and returns all, but keeps the records while anything that they name may be left.
+func (o *uninstallOptions) remove(cmd *cobra.Command) error {
+	errs := []error{o.removePods(cmd), o.removeStrays()}
+	errs = append(errs, o.removeRoutes())
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	if err := o.restoreSysctls(cmd.Context()); err != nil {
+		return err
+	}
+	if err := o.removePins(); err != nil {
+		return err
+	}
+	return o.removeState()
+}
+
+// did notes a removal.
+func (o *uninstallOptions) did(kind, name string) { o.removed = append(o.removed, removal{kind, name}) }
+
+func (o *uninstallOptions) removePods(cmd *cobra.Command) error {
+	var errs []error
+	for _, e := range o.pods {
+		if !o.dryRun {
+			if err := o.removePod(cmd.Context(), e); err != nil {
+				errs = append(errs, err)
+				continue
+			}
+			if left := foreignIPAM(e); left != "" {
+				warn(cmd, "%s", left)
+			}
+		}
+		o.did("pod", fmt.Sprintf("%s (%s, %s)", recorded(e).title(), e.HostIfName, join(e.Addrs)))
+	}
+	return errors.Join(errs...)
+}
+
+// removeStrays removes the interfaces that the maps know and that carry our programs, but that no record names.
+func (o *uninstallOptions) removeStrays() error {
+	m, err := maps.Open(o.bpffsDir)
+	if errors.Is(err, maps.ErrNotLoaded) {
+		return nil
+	}
+	if err != nil {
+		return o.explainBPF(err)
+	}
+	defer m.Close()
+	pods, err := m.Pods()
+	if err != nil {
+		return err
+	}
+	ifs, err := openInterfaces()
+	if err != nil {
+		return err
+	}
+	defer ifs.close()
+	recorded := make(map[string]bool)
+	for _, e := range o.pods {
+		recorded[e.HostIfName] = true
+	}
+	var errs []error
+	for _, p := range pods {
+		name, err := ifs.name(p.IfIndex)
+		if err != nil || name == "" || recorded[name] {
+			errs = append(errs, err)
+			continue
+		}
+		if _, err := loader.Attached(o.bpffsDir, name, int(p.IfIndex)); err != nil {
+			continue // not ours
+		}
+		if !o.dryRun {
+			if err := cni.Reap([]string{strconv.Itoa(int(p.IfIndex)), join(p.Addresses)}); err != nil {
+				errs = append(errs, err)
+				continue
+			}
+		}
+		o.did("interface", name)
+	}
+	return errors.Join(errs...)
+}
+
+func (o *uninstallOptions) removeRoutes() error {
+	routes, err := fib.Routes(cni.RouteProtocol)
+	if err != nil {
+		return err
+	}
+	own := make(map[netip.Addr]bool) // those go with the pods
+	for _, e := range o.pods {
+		for _, a := range e.Addrs {
+			own[a] = true
+		}
+	}
+	if !o.dryRun {
+		if err := fib.Remove(cni.RouteProtocol); err != nil {
+			return err
+		}
+	}
+	for _, r := range routes {
+		if !r.IsSingleIP() || !own[r.Addr()] {
+			o.did("route", r.String())
+		}
+	}
+	return nil
+}
+
+func (o *uninstallOptions) restoreSysctls(ctx context.Context) error {
+	if !o.dryRun && len(o.sysctls) > 0 {
+		err := o.view(ctx, func(tx *node.Tx) error {
+			_, err := cni.RestoreSysctls(tx)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+	}
+	for _, s := range o.sysctls {
+		o.did("sysctl", s)
+	}
+	return nil
+}
+
+// removePins removes the node's directory in bpffs, and what loading left beside it when it was killed.
+func (o *uninstallOptions) removePins() error {
+	dirs, err := filepath.Glob(o.bpffsDir + "-[0-9]*")
+	if err != nil {
+		return fmt.Errorf("--bpffs-dir: %w", err)
+	}
+	for _, dir := range append([]string{o.bpffsDir}, dirs...) {
+		if dir != o.bpffsDir && !abandoned(dir, o.bpffsDir) {
+			continue
+		}
+		if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if !o.dryRun {
+			if err := loader.Unload(dir); err != nil {
+				return err
+			}
+		}
+		o.did("pins", dir)
+	}
+	return nil
+}
+
+// abandoned tells whether a directory is one that a loader made aside (base-PID) and did not live to rename.
+func abandoned(dir, base string) bool {
+	pid, err := strconv.Atoi(strings.TrimPrefix(dir, base+"-"))
+	if err != nil || loader.CheckBPFFS(dir) != nil {
+		return false
+	}
+	_, err = os.Stat(fmt.Sprintf("/proc/%d", pid))
+	return errors.Is(err, fs.ErrNotExist)
+}
+
+func (o *uninstallOptions) removeState() error {
+	for _, name := range stateFiles {
+		path := filepath.Join(o.stateDir, name)
+		if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if !o.dryRun {
+			if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return fmt.Errorf("remove state: %w", err)
+			}
+		}
+		o.did("file", path)
+	}
+	entries, err := os.ReadDir(o.stateDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("remove state: %w", err)
+	}
+	for _, e := range entries {
+		if !o.dryRun || !isStateFile(e.Name()) {
+			return nil // somebody else's file keeps the directory
+		}
+	}
+	if !o.dryRun {
+		if err := os.Remove(o.stateDir); err != nil {
+			return fmt.Errorf("remove state: %w", err)
+		}
+	}
+	o.did("directory", o.stateDir)
+	return nil
+}
+
+func isStateFile(name string) bool {
+	for _, s := range stateFiles {
+		if s == name {
+			return true
+		}
+	}
+	return false
+}
