@@ -52,7 +52,7 @@ func run(ctx context.Context) (err error) {
 			fmt.Println("no namespace, no link, no pin, no process, no file")
 		}
 	}()
-	return (&tour{ctx: ctx, host: l.Host(0), bin: bin}).walk()
+	return (&tour{ctx: ctx, host: l.Host(1), bin: bin}).walk()
 }
 
 // tour is the demo at work. The first error ends it.
