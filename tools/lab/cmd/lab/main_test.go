@@ -108,7 +108,7 @@ func TestDownAfterKill(t *testing.T) {
 	for _, s := range steps {
 		t.Run(s.name, func(t *testing.T) {
 			killed := 0
-			for after := time.Millisecond; ; after += 4 * time.Millisecond {
+			for after := time.Millisecond; ; after += max(3*time.Millisecond, after/4) { // bounded on a slow machine too
 				for _, b := range s.before {
 					if out, err := labCommand(b...).CombinedOutput(); err != nil {
 						t.Fatalf("lab %s: %v\n%s", strings.Join(b, " "), err, out)
