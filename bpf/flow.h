@@ -64,8 +64,13 @@ static __noinline long remove_flow(struct flow_key *k, struct flow *f)
 }
 
 // take_slot finds a free place in caracal_slots, reclaiming expired flows on its way. Returns the place, or -1.
-static __noinline long take_slot(struct state *s, __u64 at)
+// Like charge it is a global function, so that the verifier walks its loop once and not once on every way to it.
+__noinline long take_slot(__u64 at)
 {
+	struct state *s = node_state();
+
+	if (!s)
+		return -1;
 	for (int i = 0; i < SLOT_TRIES; i++) {
 		__u32 slot = __sync_fetch_and_add(&s->hand, 1) % s->max_flows;
 		struct flow_key *k = bpf_map_lookup_elem(&caracal_slots, &slot);
@@ -84,24 +89,29 @@ static __noinline long take_slot(struct state *s, __u64 at)
 
 // reclaim removes expired flows from places picked at random, where those of a pod that holds many are likely met: the
 // walk of take_slot would end at the first free place.
-static __noinline void reclaim(struct state *s, __u64 at)
+__noinline int reclaim(__u64 at)
 {
+	struct state *s = node_state();
+
+	if (!s)
+		return 0;
 	for (int i = 0; i < SLOT_TRIES; i++) {
 		__u32 slot = bpf_get_prandom_u32() % s->max_flows;
 		struct flow_key *k = bpf_map_lookup_elem(&caracal_slots, &slot);
 		struct flow *f;
 
 		if (!k)
-			return;
+			return 0;
 		f = bpf_map_lookup_elem(&caracal_flows, k);
 		if (f && expired(k, f, at))
 			remove_flow(k, f);
 	}
+	return 0;
 }
 
 // charge checks, before a flow is opened, that it would have room. VERDICT_NEXT: it has. Quotas do not bind what a
 // process of the host sends.
-static __noinline int charge(__u32 pod, enum flow_entry entered, __u64 at)
+__noinline int charge(__u32 pod, __u8 entered, __u64 at)
 {
 	struct quota *q = bpf_map_lookup_elem(&caracal_quota, &pod);
 	struct state *s = node_state();
@@ -109,11 +119,11 @@ static __noinline int charge(__u32 pod, enum flow_entry entered, __u64 at)
 	if (!s)
 		return DROP_NO_STATE;
 	if (q && q->flows >= q->limit && entered != ENTERED_HOST) {
-		reclaim(s, at);
+		reclaim(at);
 		if (q->flows >= q->limit)
 			return DROP_QUOTA;
 	}
-	if (s->flows >= s->max_flows && take_slot(s, at) < 0)
+	if (s->flows >= s->max_flows && take_slot(at) < 0)
 		return DROP_FLOWS_FULL;
 	return VERDICT_NEXT;
 }
@@ -130,7 +140,7 @@ static __noinline int confirm(struct flow_key *k, struct flow *f, __u64 at)
 
 	if (!s)
 		return DROP_NO_STATE;
-	slot = take_slot(s, at);
+	slot = take_slot(at);
 	if (slot < 0)
 		return DROP_FLOWS_FULL;
 	index = slot;

@@ -263,18 +263,27 @@ static __noinline int fragment_ports(struct __sk_buff *ctx, struct packet *p, co
 	return VERDICT_NEXT;
 }
 
+// Source and destination, and the ports of a packet while it is parsed.
+struct ends { __u64 address[4]; };
+struct ports { __be16 port[2]; };
+
 // uncommon parses what the straight path of parse() does not: IPv4 options, IPv6 extension headers, fragments and
 // every transport protocol but whole TCP and UDP.
-static __noinline int uncommon(struct __sk_buff *ctx, struct packet *p, const __u64 *address, __be16 *ports)
+// It is a global function, so that the verifier walks it once and not once on every way to it; those take no NULL.
+__noinline int uncommon(struct __sk_buff *ctx, struct packet *p, const struct ends *ends, struct ports *ports)
 {
+	const __u64 *address;
 	int v;
 
+	if (!p || !ends || !ports)
+		return DROP_NO_STATE;
+	address = ends->address;
 	if (p->is_v6 && (v = extensions(ctx, p, p->key.protocol)))
 		return v;
-	if (!(p->flags & PKT_LATER_FRAGMENT) && (v = transport(ctx, p, &ports[0], &ports[1])))
+	if (!(p->flags & PKT_LATER_FRAGMENT) && (v = transport(ctx, p, &ports->port[0], &ports->port[1])))
 		return v;
 	if (p->flags & (PKT_FIRST_FRAGMENT | PKT_LATER_FRAGMENT))
-		return fragment_ports(ctx, p, address, ports);
+		return fragment_ports(ctx, p, address, ports->port);
 	return VERDICT_NEXT;
 }
 
@@ -292,8 +301,10 @@ static __always_inline void whole(struct __sk_buff *ctx)
 // parse fills p from an Ethernet frame. VERDICT_NEXT: an IP packet with a tuple. STACK_ARP: an ARP packet.
 static __always_inline int parse(struct __sk_buff *ctx, struct packet *p)
 {
-	__u64 address[4]; // source, destination
-	__be16 ports[2] = {};
+	struct ends ends;
+	struct ports both = {};
+	__u64 *address = ends.address;
+	__be16 *ports = both.port;
 	bool straight;
 	void *data, *end;
 	int v;
@@ -385,7 +396,7 @@ static __always_inline int parse(struct __sk_buff *ctx, struct packet *p)
 			return DROP_MALFORMED_L4;
 		ports[0] = *(__be16 *)l4;
 		ports[1] = *(__be16 *)(l4 + 2);
-	} else if ((v = uncommon(ctx, p, address, ports))) {
+	} else if ((v = uncommon(ctx, p, &ends, &both))) {
 		return v;
 	}
 	tuple(p, address[0], address[1], address[2], address[3], ports[0], ports[1]);
