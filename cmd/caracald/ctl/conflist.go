@@ -136,8 +136,11 @@ func (c *conflist) decode(root *map[string]json.RawMessage) bool {
 	var syntax *json.SyntaxError
 	switch {
 	case errors.As(err, &syntax):
-		// The offset counts the bytes read, the wrong one among them.
-		c.add("error", "", syntax.Offset-1, "not JSON: %v", syntax)
+		at := syntax.Offset // the bytes read, the wrong one among them
+		if at < int64(len(c.data)) || !strings.HasPrefix(syntax.Error(), "unexpected end") {
+			at--
+		}
+		c.add("error", "", at, "not JSON: %v", syntax)
 	case err != nil || *root == nil:
 		c.add("error", "", 0, "a configuration is a JSON object")
 	default:
@@ -360,16 +363,21 @@ func (c *conflist) capabilities(path string, raw json.RawMessage) {
 // parse lets the plugin read its entry, with the network's name and version put in as libcni does, at the end: so lines
 // and columns stay those of the whole.
 func (c *conflist) parse(path string, raw json.RawMessage, empty bool) {
-	name, _ := json.Marshal(c.Name)
-	version, _ := json.Marshal(c.CNIVersion)
-	put := fmt.Sprintf(`"name":%s,"cniVersion":%s}`, name, version)
+	name, version := c.Name, c.CNIVersion // of which the list's own checks have told when they are wrong
+	if utils.ValidateNetworkName(name) != nil {
+		name = "unnamed"
+	}
+	if all := cni.Versions.SupportedVersions(); !slices.Contains(all, version) {
+		version = all[len(all)-1]
+	}
+	put := fmt.Sprintf(`"name":%q,"cniVersion":%q}`, name, version)
 	if !empty {
 		put = "," + put
 	}
 	entry := bytes.TrimSpace(raw)
 	padded := append(blank(c.data[:c.skip(c.offset(path))]), entry[:len(entry)-1]...)
 	_, err := cni.ParseConfig(append(padded, put...))
-	if err == nil || c.named(err) {
+	if err == nil {
 		return
 	}
 	message, where := err.Error(), path
@@ -380,20 +388,18 @@ func (c *conflist) parse(path string, raw json.RawMessage, empty bool) {
 		return
 	}
 	// The plugin names the key first: "mtu 7: ...", "ipam.ipv4_pools: ...".
-	key, _, _ := strings.Cut(message, " ")
-	key = strings.TrimSuffix(key, ":")
+	word, rest, _ := strings.Cut(message, " ")
+	key := strings.TrimSuffix(word, ":")
 	if path != "" {
 		key = path + "." + key
 	}
 	if _, ok := c.at[key]; ok {
 		where = key
+		if strings.HasSuffix(word, ":") {
+			message = rest
+		}
 	}
 	c.error(where, "%s", message)
-}
-
-// named tells whether an error is about name or version, of which the list's own checks have told.
-func (c *conflist) named(err error) bool {
-	return c.failed() && (strings.HasPrefix(err.Error(), "name ") || strings.HasPrefix(err.Error(), "incompatible CNI versions"))
 }
 
 // blank is data with everything but line ends made spaces.

@@ -267,6 +267,8 @@ func (c *checking) strays(all []node.Endpoint, blocks []node.Block) error {
 		switch {
 		case err != nil:
 			return err
+		case name == "" && slices.ContainsFunc(p.Addresses, func(a netip.Addr) bool { return addrs[a] }):
+			// Its endpoint was found dead, or without its interface.
 		case name == "":
 			c.add("map", netip.Addr{}, "", "caracal_pods has interface %d (%s), which is gone", p.IfIndex, join(p.Addresses))
 		case !names[name]:

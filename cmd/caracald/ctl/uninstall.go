@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -22,7 +23,7 @@ import (
 )
 
 // stateFiles are what Caracal keeps in its state directory.
-var stateFiles = []string{"node.db", "settle.lock", "lock"}
+var stateFiles = []string{"node.db", "node.db.new", "node.db.lock", "settle.lock", "lock"}
 
 // removal is one thing that uninstall removed, or would.
 type removal struct {
@@ -177,10 +178,42 @@ func (o *uninstallOptions) remove(cmd *cobra.Command) error {
 	if err := o.restoreSysctls(cmd.Context()); err != nil {
 		return err
 	}
+	unlock, err := o.alone(cmd.Context())
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	if err := o.removePins(); err != nil {
 		return err
 	}
-	return o.removeState()
+	return o.removeState(cmd)
+}
+
+// alone takes the node lock and makes sure that no pod came meanwhile. An ADD that has not recorded its pod yet fails
+// when the programs are gone, and leaves nothing.
+func (o *uninstallOptions) alone(ctx context.Context) (unlock func(), err error) {
+	if _, err := os.Stat(o.stateDir); o.dryRun || errors.Is(err, fs.ErrNotExist) {
+		return func() {}, nil
+	}
+	lock, err := o.lock(ctx)
+	if err != nil {
+		return nil, err
+	}
+	err = o.view(ctx, func(tx *node.Tx) error {
+		if other, err := o.otherBoot(tx); err != nil || other {
+			return err
+		}
+		all, err := endpoints(tx)
+		if err == nil && len(all) > 0 {
+			err = fmt.Errorf("pod %s was added meanwhile: stop the runtime, then repeat uninstall", recorded(all[0]).title())
+		}
+		return err
+	})
+	if err != nil && !errors.Is(err, node.ErrNoDatabase) && !errors.Is(err, node.ErrCorrupt) {
+		lock.Unlock()
+		return nil, err
+	}
+	return func() { lock.Unlock() }, nil
 }
 
 // did notes a removal.
@@ -289,38 +322,22 @@ func (o *uninstallOptions) restoreSysctls(ctx context.Context) error {
 
 // removePins removes the node's directory in bpffs, and what loading left beside it when it was killed.
 func (o *uninstallOptions) removePins() error {
-	dirs, err := filepath.Glob(o.bpffsDir + "-[0-9]*")
-	if err != nil {
-		return fmt.Errorf("--bpffs-dir: %w", err)
+	if loader.CheckBPFFS(filepath.Dir(o.bpffsDir)) != nil {
+		return nil // then nothing was ever pinned there
 	}
-	for _, dir := range append([]string{o.bpffsDir}, dirs...) {
-		if dir != o.bpffsDir && !abandoned(dir, o.bpffsDir) {
-			continue
+	there := o.pinned()
+	if !o.dryRun {
+		if err := loader.Unload(o.bpffsDir); err != nil {
+			return err
 		}
-		if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
-		if !o.dryRun {
-			if err := loader.Unload(dir); err != nil {
-				return err
-			}
-		}
-		o.did("pins", dir)
+	}
+	if there {
+		o.did("pins", o.bpffsDir)
 	}
 	return nil
 }
 
-// abandoned tells whether a directory is one that a loader made aside (base-PID) and did not live to rename.
-func abandoned(dir, base string) bool {
-	pid, err := strconv.Atoi(strings.TrimPrefix(dir, base+"-"))
-	if err != nil || loader.CheckBPFFS(dir) != nil {
-		return false
-	}
-	_, err = os.Stat(fmt.Sprintf("/proc/%d", pid))
-	return errors.Is(err, fs.ErrNotExist)
-}
-
-func (o *uninstallOptions) removeState() error {
+func (o *uninstallOptions) removeState(cmd *cobra.Command) error {
 	for _, name := range stateFiles {
 		path := filepath.Join(o.stateDir, name)
 		if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
@@ -341,8 +358,9 @@ func (o *uninstallOptions) removeState() error {
 		return fmt.Errorf("remove state: %w", err)
 	}
 	for _, e := range entries {
-		if !o.dryRun || !isStateFile(e.Name()) {
-			return nil // somebody else's file keeps the directory
+		if !o.dryRun || !slices.Contains(stateFiles, e.Name()) {
+			warn(cmd, "%s stays: %s is not Caracal's", o.stateDir, e.Name())
+			return nil
 		}
 	}
 	if !o.dryRun {
@@ -352,13 +370,4 @@ func (o *uninstallOptions) removeState() error {
 	}
 	o.did("directory", o.stateDir)
 	return nil
-}
-
-func isStateFile(name string) bool {
-	for _, s := range stateFiles {
-		if s == name {
-			return true
-		}
-	}
-	return false
 }
