@@ -1,0 +1,250 @@
+// Package lifecycle measures what a runtime waits for: ADD, DEL, and a new pod's first answered packet.
+package lifecycle
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/caracal-net/caracal/tools/podbench/datapath"
+	"github.com/caracal-net/caracal/tools/podbench/measure"
+	"github.com/caracal-net/caracal/tools/podbench/report"
+	"github.com/caracal-net/caracal/tools/podbench/stats"
+)
+
+// Options of Measure.
+type Options struct {
+	Count    int // pods added and removed on each datapath
+	Pods     int // pods that exist beside, made before
+	Parallel int // above 1: a storm of ADDs and DELs, datapath by datapath
+	Progress func(done, total int, what string)
+}
+
+const (
+	every  = 200 * time.Microsecond
+	within = 10 * time.Second
+)
+
+// bench is one datapath at work.
+type bench struct {
+	node *datapath.Node
+	echo *measure.Echo
+	out  report.Lifecycle
+
+	add, del, first []float64 // ms
+	mu              sync.Mutex
+	held            map[netip.Addr]string
+}
+
+// Measure takes the datapaths in turns, in an order that changes from round to round.
+func Measure(ctx context.Context, session *datapath.Session, specs []datapath.Spec, opts Options) ([]report.Lifecycle, error) {
+	var all []*bench
+	for _, s := range specs {
+		if s.Kind != datapath.KindCNI {
+			return nil, fmt.Errorf("datapath %s has no plugin to measure", s.Name)
+		}
+		b, err := start(ctx, session, s, opts)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", s.Name, err)
+		}
+		defer b.echo.Close()
+		all = append(all, b)
+	}
+	if opts.Parallel > 1 {
+		for i, b := range all {
+			opts.progress(i, len(all), "storm over "+b.node.Spec.Name)
+			if err := b.storm(ctx, opts); err != nil {
+				return nil, err
+			}
+		}
+	} else {
+		for round := range opts.Count {
+			for k := range all {
+				b := all[(k+round)%len(all)]
+				opts.progress(round*len(all)+k, opts.Count*len(all), "ADD and DEL of "+b.node.Spec.Name)
+				if err := b.turn(ctx); err != nil {
+					return nil, fmt.Errorf("%s: %w", b.node.Spec.Name, err)
+				}
+			}
+		}
+	}
+	var out []report.Lifecycle
+	for _, b := range all {
+		if err := b.leftovers(); err != nil {
+			return nil, err
+		}
+		out = append(out, b.summary(all[0]))
+	}
+	return out, nil
+}
+
+func (o Options) progress(done, total int, what string) {
+	if o.Progress != nil {
+		o.Progress(done, total, what)
+	}
+}
+
+// start makes the node with its first pod, whose ADD is the cold one, and the pods beside.
+func start(ctx context.Context, session *datapath.Session, s datapath.Spec, opts Options) (*bench, error) {
+	n, err := s.Start(session)
+	if err != nil {
+		return nil, err
+	}
+	b := &bench{node: n, held: make(map[netip.Addr]string), out: report.Lifecycle{
+		Datapath: s.Name, Pods: 1 + opts.Pods, Parallel: max(1, opts.Parallel), Errors: []string{}, Leftovers: []string{},
+	}}
+	server, err := n.NewPod()
+	if err != nil {
+		return nil, err
+	}
+	begin := time.Now()
+	if err := n.Add(ctx, server); err != nil {
+		return nil, err
+	}
+	b.out.Cold = ms(time.Since(begin))
+	if b.echo, err = measure.NewEcho(measure.End{NS: server.NS, Addr: server.Addr}); err != nil {
+		return nil, err
+	}
+	for i := range opts.Pods {
+		opts.progress(i, opts.Pods, "pods of "+s.Name)
+		p, err := n.NewPod()
+		if err != nil {
+			return nil, err
+		}
+		if err := n.Add(ctx, p); err != nil {
+			return nil, err
+		}
+	}
+	return b, nil
+}
+
+// turn adds one pod, asking for its first answer from another thread all the while, and removes it.
+func (b *bench) turn(ctx context.Context) error {
+	p, err := b.node.NewPod()
+	if err != nil {
+		return err
+	}
+	type answer struct {
+		at  time.Time
+		err error
+	}
+	answered := make(chan answer, 1)
+	begin := time.Now()
+	go func() {
+		at, err := measure.FirstAnswer(ctx, p.NS, b.echo.At(), every, within)
+		answered <- answer{at, err}
+	}()
+	err = b.node.Add(ctx, p)
+	added := time.Now()
+	a := <-answered
+	if err := errors.Join(err, a.err); err != nil {
+		return err
+	}
+	b.add = append(b.add, ms(added.Sub(begin)))
+	b.first = append(b.first, ms(a.at.Sub(begin)))
+	begin = time.Now()
+	if err := b.node.Del(ctx, p); err != nil {
+		return err
+	}
+	b.del = append(b.del, ms(time.Since(begin)))
+	return b.node.Remove(p)
+}
+
+// storm adds and removes pods from many threads at once.
+func (b *bench) storm(ctx context.Context, opts Options) error {
+	work := make(chan struct{}, opts.Count)
+	for range opts.Count {
+		work <- struct{}{}
+	}
+	close(work)
+	begin := time.Now()
+	var wg sync.WaitGroup
+	for range opts.Parallel {
+		wg.Go(func() {
+			for range work {
+				if ctx.Err() != nil {
+					return
+				}
+				if err := b.gust(ctx); err != nil {
+					b.mu.Lock()
+					b.out.Errors = append(b.out.Errors, err.Error())
+					b.mu.Unlock()
+				}
+			}
+		})
+	}
+	wg.Wait()
+	b.out.Seconds = time.Since(begin).Seconds()
+	return ctx.Err()
+}
+
+// gust is one pod of a storm.
+func (b *bench) gust(ctx context.Context) error {
+	p, err := b.node.NewPod()
+	if err != nil {
+		return err
+	}
+	begin := time.Now()
+	err = b.node.Add(ctx, p)
+	took := ms(time.Since(begin))
+	b.mu.Lock()
+	if err == nil {
+		b.add = append(b.add, took)
+		if _, taken := b.held[p.Addr]; taken {
+			b.out.Duplicates++
+		}
+		b.held[p.Addr] = p.Name
+	}
+	b.mu.Unlock()
+	// The address stops being ours when DEL is called: another ADD may have it before DEL returns.
+	b.mu.Lock()
+	if b.held[p.Addr] == p.Name {
+		delete(b.held, p.Addr)
+	}
+	b.mu.Unlock()
+	begin = time.Now()
+	if derr := b.node.Del(ctx, p); derr != nil {
+		err = errors.Join(err, derr)
+	} else {
+		took = ms(time.Since(begin))
+		b.mu.Lock()
+		b.del = append(b.del, took)
+		b.mu.Unlock()
+	}
+	return errors.Join(err, b.node.Remove(p))
+}
+
+// leftovers lists the pods' host interfaces that stay although their pods are gone: all but lo, a bridge, and one for
+// each pod that is still there.
+func (b *bench) leftovers() error {
+	deadline := time.Now().Add(within)
+	for {
+		links, err := b.node.HostLinks()
+		if err != nil {
+			return err
+		}
+		links = slices.DeleteFunc(links, func(l string) bool { return l == "lo" || l == "pb0" })
+		if len(links) <= b.out.Pods || time.Now().After(deadline) {
+			if len(links) > b.out.Pods {
+				b.out.Leftovers = links
+			}
+			return nil
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+func (b *bench) summary(first *bench) report.Lifecycle {
+	o := b.out
+	o.Add, o.Del, o.First = stats.Summarize(b.add), stats.Summarize(b.del), stats.Summarize(b.first)
+	o.AddRatio = stats.Summarize(stats.Ratios(b.add, first.add))
+	o.DelRatio = stats.Summarize(stats.Ratios(b.del, first.del))
+	o.FirstRatio = stats.Summarize(stats.Ratios(b.first, first.first))
+	return o
+}
+
+func ms(d time.Duration) float64 { return float64(d) / 1e6 }

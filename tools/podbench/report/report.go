@@ -1,0 +1,163 @@
+// Package report is what podbench found, as JSON, as tables and as plots.
+package report
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"os"
+	"runtime"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/caracal-net/caracal/tools/podbench/datapath"
+	"github.com/caracal-net/caracal/tools/podbench/measure"
+	"github.com/caracal-net/caracal/tools/podbench/stats"
+)
+
+// Schema is the version of the JSON below; it changes when a field changes its meaning.
+const Schema = 1
+
+// Report is one run of podbench.
+type Report struct {
+	Schema    int                  `json:"schema"`
+	Machine   Machine              `json:"machine"`
+	Datapaths []Datapath           `json:"datapaths"`
+	Rules     int                  `json:"rules,omitempty"` // policy rules in force during the run
+	Latency   []Latency            `json:"latency,omitempty"`
+	Visits    []Visits             `json:"visits,omitempty"`
+	Lifecycle []Lifecycle          `json:"lifecycle,omitempty"`
+	During    *measure.Disturbance `json:"during,omitempty"`
+}
+
+// Machine is where it ran.
+type Machine struct {
+	Kernel string    `json:"kernel"`
+	CPU    string    `json:"cpu"`
+	CPUs   int       `json:"cpus"`
+	Date   time.Time `json:"date"`
+}
+
+// Datapath is one that was compared.
+type Datapath struct {
+	Name    string            `json:"name"`
+	Attach  string            `json:"attach"` // how programs hang on the pods' host interfaces: tcx, clsact, none
+	Plugins []datapath.Plugin `json:"plugins,omitempty"`
+}
+
+// Latency is inline round trips of one datapath and protocol.
+type Latency struct {
+	Datapath string        `json:"datapath"`
+	Protocol string        `json:"protocol"`
+	NS       stats.Summary `json:"ns"`    // medians of the rounds, ns
+	Ratio    stats.Summary `json:"ratio"` // to the first datapath in the same round
+	Trips    int           `json:"trips"`
+	Waits    int           `json:"waits"`
+}
+
+// Visits is what clients in a process of their own saw.
+type Visits struct {
+	Datapath string             `json:"datapath"`
+	Protocol string             `json:"protocol"`
+	PerSec   stats.Summary      `json:"per_second"` // answered requests, or bytes of bulk
+	NS       map[string]float64 `json:"ns"`         // median over rounds of each percentile
+	Lost     int                `json:"lost"`
+	Ratio    stats.Summary      `json:"ratio"` // of per_second to the first datapath's in the same round
+}
+
+// Lifecycle is ADD and DEL of one datapath, ms.
+type Lifecycle struct {
+	Datapath string        `json:"datapath"`
+	Cold     float64       `json:"cold_add_ms"` // the node's first ADD
+	Add      stats.Summary `json:"add_ms"`
+	Del      stats.Summary `json:"del_ms"`
+	First    stats.Summary `json:"first_answer_ms"` // from the call of ADD to the first answered packet
+	// Ratios to the first datapath in the same round.
+	AddRatio   stats.Summary `json:"add_ratio"`
+	DelRatio   stats.Summary `json:"del_ratio"`
+	FirstRatio stats.Summary `json:"first_ratio"`
+	Pods       int           `json:"pods"`              // that existed beside
+	Parallel   int           `json:"parallel"`          // ADDs and DELs at a time
+	Errors     []string      `json:"errors"`            // what failed
+	Duplicates int           `json:"duplicates"`        // addresses given to two pods at once
+	Leftovers  []string      `json:"leftovers"`         // interfaces that stayed
+	Seconds    float64       `json:"seconds,omitempty"` // of a storm
+}
+
+// Here describes this machine.
+func Here() Machine {
+	m := Machine{CPUs: runtime.NumCPU(), Date: time.Now().UTC().Truncate(time.Second), CPU: "unknown"}
+	var u unix.Utsname
+	if unix.Uname(&u) == nil {
+		m.Kernel = unix.ByteSliceToString(u.Release[:])
+	}
+	f, err := os.Open("/proc/cpuinfo")
+	if err != nil {
+		return m
+	}
+	defer f.Close()
+	for s := bufio.NewScanner(f); s.Scan(); {
+		if k, v, ok := strings.Cut(s.Text(), ":"); ok && strings.TrimSpace(k) == "model name" {
+			m.CPU = strings.TrimSpace(v)
+			break
+		}
+	}
+	return m
+}
+
+// Table writes the report for a person.
+func (r *Report) Table(w io.Writer) error {
+	fmt.Fprintf(w, "Linux %s, %d x %s\n", r.Machine.Kernel, r.Machine.CPUs, r.Machine.CPU)
+	if r.During != nil {
+		fmt.Fprintf(w, "meanwhile: %s, %.1f per second (%d failures)\n", r.During.What, r.During.Achieved, r.During.Failures)
+	}
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	attach := make(map[string]string)
+	for _, d := range r.Datapaths {
+		attach[d.Name] = d.Attach
+	}
+	if len(r.Latency) > 0 {
+		fmt.Fprintln(t, "\nDATAPATH\tATTACHED\tPROTOCOL\tROUND TRIP us\tP10\tP90\tRATIO\tQUARTILES")
+		for _, l := range r.Latency {
+			fmt.Fprintf(t, "%s\t%s\t%s\t%.2f\t%.2f\t%.2f\t%.3f\t%.3f-%.3f\n", l.Datapath, attach[l.Datapath], l.Protocol,
+				l.NS.Median/1e3, l.NS.P10/1e3, l.NS.P90/1e3, l.Ratio.Median, l.Ratio.P25, l.Ratio.P75)
+		}
+	}
+	if len(r.Visits) > 0 {
+		fmt.Fprintln(t, "\nDATAPATH\tPROTOCOL\tPER SECOND\tRATIO\tP50 us\tP90\tP99\tP99.9\tLOST")
+		for _, v := range r.Visits {
+			rate := fmt.Sprintf("%.0f", v.PerSec.Median)
+			if v.Protocol == measure.Bulk {
+				rate = fmt.Sprintf("%.2f Gbit", v.PerSec.Median*8/1e9)
+			}
+			fmt.Fprintf(t, "%s\t%s\t%s\t%.3f\t%.1f\t%.1f\t%.1f\t%.1f\t%d\n", v.Datapath, v.Protocol, rate, v.Ratio.Median,
+				v.NS["p50"]/1e3, v.NS["p90"]/1e3, v.NS["p99"]/1e3, v.NS["p99.9"]/1e3, v.Lost)
+		}
+	}
+	if len(r.Lifecycle) > 0 {
+		fmt.Fprintln(t, "\nDATAPATH\tADD ms\tP90\tRATIO\tDEL ms\tP90\tRATIO\tFIRST ANSWER ms\tRATIO\tCOLD ADD\tERRORS\tDUPLICATES\tLEFT")
+		for _, l := range r.Lifecycle {
+			fmt.Fprintf(t, "%s\t%.1f\t%.1f\t%.2f\t%.1f\t%.1f\t%.2f\t%.1f\t%.2f\t%.0f\t%d\t%d\t%d\n", l.Datapath, l.Add.Median, l.Add.P90, l.AddRatio.Median,
+				l.Del.Median, l.Del.P90, l.DelRatio.Median, l.First.Median, l.FirstRatio.Median, l.Cold, len(l.Errors), l.Duplicates, len(l.Leftovers))
+		}
+	}
+	if err := t.Flush(); err != nil {
+		return err
+	}
+	for _, l := range r.Lifecycle {
+		if l.Seconds > 0 {
+			fmt.Fprintf(w, "%s: %d operations, %d at a time, in %.1f s\n", l.Datapath, l.Add.N+l.Del.N, l.Parallel, l.Seconds)
+		}
+		for i, e := range l.Errors {
+			if i == 5 {
+				fmt.Fprintf(w, "%s: and %d more errors\n", l.Datapath, len(l.Errors)-i)
+				break
+			}
+			fmt.Fprintf(w, "%s: %s\n", l.Datapath, e)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,245 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/caracal-net/caracal/tools/podbench/datapath"
+	"github.com/caracal-net/caracal/tools/podbench/measure"
+	"github.com/caracal-net/caracal/tools/podbench/report"
+	"github.com/caracal-net/caracal/tools/podbench/stats"
+)
+
+type runOptions struct {
+	choice
+	mode       string
+	protocols  []string
+	size       int
+	rounds     int
+	batch      int
+	duration   time.Duration
+	cpu        int
+	raise      float64
+	during     string
+	duringRate float64
+	rules      int
+}
+
+func newRunCommand() *cobra.Command {
+	o := &runOptions{}
+	c := &cobra.Command{
+		Use:   "run",
+		Short: "Measure round trips between two pods",
+		Long: `run measures round trips between two pods of each datapath.
+
+inline: one thread holds a socket in each pod and plays both sides, so a round trip is the kernel's
+path and nothing else. The ratio to the bare veth pair is the figure to quote.
+twoproc: a server and a client process, as users see it: udp, tcp, crr (connect, request, close), bulk.`,
+		Example: `  podbench run
+  podbench run -d veth,caracal --protocol udp --rounds 400
+  podbench run --raise-epoch 10 -o json > changing.json
+  podbench run --mode twoproc --protocol tcp,crr,bulk
+  podbench run --conflist mine=/etc/cni/net.d/10-mine.conflist --cni-path /opt/cni/bin`,
+		Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error { return o.run(c) },
+	}
+	o.flags(c, []string{"veth", "redirect", "bridge", "ptp", "caracal"})
+	f := c.Flags()
+	f.StringVar(&o.mode, "mode", "inline", "inline or twoproc")
+	f.StringSliceVar(&o.protocols, "protocol", nil, "udp, tcp, crr; twoproc also bulk (default udp,tcp)")
+	f.IntVar(&o.size, "size", 64, "payload, bytes")
+	f.IntVar(&o.rounds, "rounds", 0, "how often each datapath is visited (default 200 inline, 3 twoproc)")
+	f.IntVar(&o.batch, "batch", 500, "round trips in one inline visit")
+	f.DurationVar(&o.duration, "duration", 2*time.Second, "of one twoproc visit")
+	f.IntVar(&o.cpu, "cpu", -1, "CPU for inline; -1: the last one allowed")
+	f.Float64Var(&o.raise, "raise-epoch", 0, "raise the epoch of Caracal's datapaths so many times a second meanwhile")
+	f.StringVar(&o.during, "during", "", "a shell command to run again and again meanwhile")
+	f.Float64Var(&o.duringRate, "during-rate", 10, "how often a second")
+	f.IntVar(&o.rules, "rules", 0, "how many policy rules are in force, noted in the report for plots")
+	return c
+}
+
+func (o *runOptions) run(c *cobra.Command) (err error) {
+	specs, err := o.specs()
+	if err != nil {
+		return err
+	}
+	if o.mode != "inline" && o.mode != "twoproc" {
+		return fmt.Errorf("--mode %q: neither inline nor twoproc", o.mode)
+	}
+	if len(o.protocols) == 0 {
+		o.protocols = []string{measure.UDP, measure.TCP}
+	}
+	if o.rounds == 0 {
+		o.rounds = map[string]int{"inline": 200, "twoproc": 3}[o.mode]
+	}
+	ctx := c.Context()
+	session, err := datapath.NewSession()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, session.Close(context.WithoutCancel(c.Context()))) }()
+	r := &report.Report{Schema: report.Schema, Machine: report.Here(), Rules: o.rules}
+	show, clear := progress()
+	defer clear()
+	paths, nodes, err := o.build(ctx, session, specs, r, show)
+	if err != nil {
+		return err
+	}
+	stop, err := o.disturb(ctx, nodes)
+	if err != nil {
+		return err
+	}
+	if o.mode == "inline" {
+		err = o.inline(ctx, paths, r, show)
+	} else {
+		err = o.twoproc(ctx, paths, r, show)
+	}
+	if stop != nil {
+		d := stop()
+		r.During = &d
+	}
+	clear()
+	if err != nil {
+		return err
+	}
+	return o.write(c.OutOrStdout(), r)
+}
+
+// build makes the pods of all datapaths and waits until each is as it will stay.
+func (o *runOptions) build(ctx context.Context, session *datapath.Session, specs []datapath.Spec, r *report.Report, show func(int, int, string)) ([]measure.Path, []*datapath.Node, error) {
+	var paths []measure.Path
+	var nodes []*datapath.Node
+	for i, s := range specs {
+		if show != nil {
+			show(i, len(specs), "build "+s.Name)
+		}
+		n, err := s.Start(session)
+		if err != nil {
+			return nil, nil, err
+		}
+		a, b, err := n.Pair(ctx)
+		if err != nil {
+			return nil, nil, err
+		}
+		attach, err := n.Settle(ctx, a, b)
+		if err != nil {
+			return nil, nil, err
+		}
+		plugins, err := n.Plugins(ctx)
+		if err != nil {
+			return nil, nil, err
+		}
+		r.Datapaths = append(r.Datapaths, report.Datapath{Name: s.Name, Attach: attach, Plugins: plugins})
+		paths = append(paths, measure.Path{Name: s.Name, A: measure.End{NS: a.NS, Addr: a.Addr}, B: measure.End{NS: b.NS, Addr: b.Addr}})
+		nodes = append(nodes, n)
+	}
+	return paths, nodes, nil
+}
+
+// disturb starts what goes on beside the measurement; nil when nothing does.
+func (o *runOptions) disturb(ctx context.Context, nodes []*datapath.Node) (func() measure.Disturbance, error) {
+	cpu := o.cpu
+	if cpu < 0 {
+		last, err := measure.LastCPU()
+		if err != nil {
+			return nil, err
+		}
+		cpu = last
+	}
+	switch {
+	case o.raise > 0:
+		var ours []*datapath.Node
+		for _, n := range nodes {
+			if n.UsesCaracal() {
+				if err := n.CanRaise(); err != nil {
+					return nil, err
+				}
+				ours = append(ours, n)
+			}
+		}
+		if len(ours) == 0 {
+			return nil, errors.New("--raise-epoch: no Caracal datapath is measured")
+		}
+		return measure.During(ctx, "raise the epoch", o.raise, cpu, func(context.Context) error {
+			for _, n := range ours {
+				if err := datapath.RaiseEpoch(n.BPFDir()); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	case o.during != "":
+		return measure.During(ctx, o.during, o.duringRate, cpu, func(ctx context.Context) error {
+			return exec.CommandContext(ctx, "/bin/sh", "-c", o.during).Run()
+		})
+	}
+	return nil, nil
+}
+
+func (o *runOptions) inline(ctx context.Context, paths []measure.Path, r *report.Report, show func(int, int, string)) error {
+	all, err := measure.Inline(ctx, paths, measure.InlineOptions{
+		Protocols: o.protocols, Size: o.size, Rounds: o.rounds, Batch: o.batch, CPU: o.cpu, Progress: show,
+	})
+	if err != nil {
+		return err
+	}
+	for _, s := range all {
+		base := s
+		for _, b := range all {
+			if b.Path == paths[0].Name && b.Protocol == s.Protocol {
+				base = b
+			}
+		}
+		r.Latency = append(r.Latency, report.Latency{
+			Datapath: s.Path, Protocol: s.Protocol, NS: stats.Summarize(s.Medians),
+			Ratio: stats.Summarize(stats.Ratios(s.Medians, base.Medians)), Trips: s.Trips, Waits: s.Waits,
+		})
+	}
+	return nil
+}
+
+func (o *runOptions) twoproc(ctx context.Context, paths []measure.Path, r *report.Report, show func(int, int, string)) error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	all, err := measure.TwoProc(ctx, paths, measure.TwoProcOptions{
+		Protocols: o.protocols, Size: o.size, Rounds: o.rounds, Duration: o.duration, Progress: show,
+		Command: func(ctx context.Context, args ...string) *exec.Cmd { return exec.CommandContext(ctx, self, args...) },
+	})
+	if err != nil {
+		return err
+	}
+	rates := make(map[string][]float64)
+	for _, s := range all {
+		for _, v := range s.Visits {
+			rates[s.Path+" "+s.Protocol] = append(rates[s.Path+" "+s.Protocol], float64(v.Count)/v.Seconds)
+		}
+	}
+	for _, s := range all {
+		own := rates[s.Path+" "+s.Protocol]
+		out := report.Visits{
+			Datapath: s.Path, Protocol: s.Protocol, PerSec: stats.Summarize(own), NS: make(map[string]float64),
+			Ratio: stats.Summarize(stats.Ratios(own, rates[paths[0].Name+" "+s.Protocol])),
+		}
+		percentiles := make(map[string][]float64)
+		for _, v := range s.Visits {
+			out.Lost += v.Lost
+			for name, ns := range v.Percentiles {
+				percentiles[name] = append(percentiles[name], ns)
+			}
+		}
+		for name, ns := range percentiles {
+			out.NS[name] = stats.Median(ns)
+		}
+		r.Visits = append(r.Visits, out)
+	}
+	return nil
+}
