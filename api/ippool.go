@@ -19,6 +19,21 @@ const (
 // ErrInvalid says that a resource breaks one of its own rules.
 var ErrInvalid = errors.New("invalid resource")
 
+// special are the ranges that no pod can have an address of: RFC 6890, RFC 5771, RFC 4291. 240.0.0.0/4 is not among
+// them: some networks have nothing else left.
+var special = []netip.Prefix{
+	netip.MustParsePrefix("0.0.0.0/8"),
+	netip.MustParsePrefix("127.0.0.0/8"),
+	netip.MustParsePrefix("169.254.0.0/16"),
+	netip.MustParsePrefix("224.0.0.0/4"),
+	netip.MustParsePrefix("255.255.255.255/32"),
+	netip.MustParsePrefix("::/128"),
+	netip.MustParsePrefix("::1/128"),
+	netip.MustParsePrefix("::ffff:0:0/96"),
+	netip.MustParsePrefix("fe80::/10"),
+	netip.MustParsePrefix("ff00::/8"),
+}
+
 // IPPool is a range that pods get their addresses from, block by block.
 type IPPool struct {
 	CIDR      netip.Prefix `json:"cidr"`
@@ -51,8 +66,10 @@ func (p IPPool) Defaulted() (IPPool, error) {
 	if a.Is4In6() {
 		return p, fmt.Errorf("pool %s: %w: write IPv4 as IPv4", p.CIDR, ErrInvalid)
 	}
-	if a.IsMulticast() || a.IsLoopback() || a.IsLinkLocalUnicast() || a.IsUnspecified() {
-		return p, fmt.Errorf("pool %s: %w: its addresses can't be given to pods", p.CIDR, ErrInvalid)
+	for _, s := range special {
+		if p.CIDR.Overlaps(s) {
+			return p, fmt.Errorf("pool %s: %w: addresses in %s can't be given to pods", p.CIDR, ErrInvalid, s)
+		}
 	}
 	low, high := 20, 32
 	size := DefaultBlockSize4

@@ -4,12 +4,13 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"strings"
 
 	"github.com/caracal-net/caracal/api"
 	"github.com/caracal-net/caracal/node"
 )
 
-// assignment is one Assign at work.
+// assignment is one Assign or Status at work.
 type assignment struct {
 	tx       *node.Tx
 	pools    []api.IPPool
@@ -18,120 +19,154 @@ type assignment struct {
 	got      []netip.Addr
 }
 
+// choice is an address that may be given out, and what is to be recorded with it.
+type choice struct {
+	addr    netip.Addr
+	block   node.Block   // as it is recorded before the address is held
+	skipped []netip.Addr // reserved ones before it; not reserved for ever or for every network, so they go in line
+	waited  bool         // it was in line to be given out again
+}
+
 // take gives out one requested address. Its block must be this node's, or free to be claimed.
 func (a *assignment) take(addr netip.Addr) error {
 	if a.isReserved(addr) {
 		return fmt.Errorf("%s: %w", addr, ErrReserved)
 	}
-	if owner, err := a.tx.Owner(addr); err == nil {
+	owner, err := a.tx.Owner(addr)
+	if err == nil {
 		return fmt.Errorf("%s: %w by %s", addr, ErrTaken, owner)
 	}
-	for _, p := range a.pools {
-		if !p.CIDR.Contains(addr) {
-			continue
-		}
-		cidr := netip.PrefixFrom(addr, p.BlockSize).Masked()
-		if _, err := a.tx.Block(cidr); errors.Is(err, node.ErrNotFound) {
-			if p.Disabled {
-				return fmt.Errorf("%s: %w: pool %s is disabled", addr, ErrPool, p.CIDR)
-			}
-			if err := a.claim(cidr, p.CIDR); err != nil {
-				return err
-			}
-		} else if err != nil {
-			return err
-		}
-		if _, err := a.tx.TakeFreed(func(f netip.Addr) bool { return f == addr }); err != nil && !errors.Is(err, node.ErrNotFound) {
-			return err
-		}
-		return a.hold(addr, cidr)
+	if !errors.Is(err, node.ErrNotFound) {
+		return err
 	}
-	return fmt.Errorf("%s: %w; the pools are %s", addr, ErrOutsidePool, a.names())
+	p, ok := within(a.pools, addr)
+	if !ok {
+		return fmt.Errorf("%s: %w; the pools are %s", addr, ErrOutsidePool, names(a.pools))
+	}
+	if p.Disabled {
+		return fmt.Errorf("%s: %w: pool %s is disabled", addr, ErrPool, p.CIDR)
+	}
+	cidr := netip.PrefixFrom(addr, p.BlockSize).Masked()
+	b, err := a.tx.Block(cidr)
+	if errors.Is(err, node.ErrNotFound) {
+		b, err = node.Block{CIDR: cidr, Pool: p.CIDR}, nil
+	}
+	if err != nil {
+		return err
+	}
+	return a.give(choice{addr: addr, block: b, waited: true})
 }
 
-// any gives out an address of a family: one that was never used, then the one that has been free the longest, both out of
-// blocks that the node has, then one of a new block.
+// any gives out an address of a family.
 func (a *assignment) any(v6 bool) error {
 	blocks, err := a.tx.Blocks()
 	if err != nil {
 		return err
 	}
-	for _, p := range a.enabled(v6) {
-		for _, b := range blocks {
-			if b.Pool != p.CIDR || b.Next >= b.Size() {
-				continue
-			}
-			if done, err := a.next(b); done || err != nil {
-				return err
-			}
+	c, err := a.find(blocks, v6)
+	if err != nil {
+		return err
+	}
+	return a.give(c)
+}
+
+// give records a choice. Its block becomes this node's own if it was not: a store shared by nodes decides here which
+// node gets it.
+func (a *assignment) give(c choice) error {
+	if c.waited {
+		if _, err := a.tx.TakeFreed(func(f netip.Addr) bool { return f == c.addr }); err != nil && !errors.Is(err, node.ErrNotFound) {
+			return err
 		}
+	}
+	if err := a.tx.PutBlock(c.block); err != nil {
+		return err
+	}
+	for _, s := range c.skipped {
+		if err := a.tx.Free(s); err != nil {
+			return err
+		}
+	}
+	if err := a.tx.Hold(a.key, c.addr, c.block.CIDR); err != nil {
+		return err
+	}
+	a.got = append(a.got, c.addr)
+	return nil
+}
+
+// find chooses an address of a family: one that was never used, then the one that has been free the longest, both out
+// of blocks that the node has, then one of a new block. It writes nothing.
+func (a *assignment) find(blocks []node.Block, v6 bool) (choice, error) {
+	var line []netip.Addr
+	waits := make(map[netip.Addr]bool)
+	err := a.tx.Freed(func(f netip.Addr) error {
+		line = append(line, f)
+		waits[f] = true
+		return nil
+	})
+	if err != nil {
+		return choice{}, err
+	}
+	claimed := make(map[netip.Prefix]node.Block)
+	for _, b := range blocks {
+		claimed[b.CIDR] = b
 	}
 	enabled := a.enabled(v6)
-	freed, err := a.tx.TakeFreed(func(f netip.Addr) bool {
-		_, ok := within(enabled, f)
-		return ok && !a.isReserved(f)
-	})
-	if err == nil {
-		p, _ := within(enabled, freed)
-		return a.hold(freed, netip.PrefixFrom(freed, p.BlockSize).Masked())
-	}
-	if !errors.Is(err, node.ErrNotFound) {
-		return err
-	}
 	for _, p := range enabled {
-		for cidr, ok := firstBlock(p), true; ok; cidr, ok = nextBlock(p, cidr) {
-			if _, err := a.tx.Block(cidr); err == nil {
+		for _, b := range blocks {
+			if b.Pool != p.CIDR {
 				continue
 			}
-			if err := a.claim(cidr, p.CIDR); err != nil {
-				return err
-			}
-			b, err := a.tx.Block(cidr)
-			if err != nil {
-				return err
-			}
-			if done, err := a.next(b); done || err != nil {
-				return err
+			if c, ok, err := a.next(b, waits); ok || err != nil {
+				return c, err
 			}
 		}
 	}
-	return a.exhausted(blocks, v6)
+	for _, f := range line {
+		p, ok := within(enabled, f)
+		if !ok || a.isReserved(f) {
+			continue
+		}
+		if b, ok := claimed[netip.PrefixFrom(f, p.BlockSize).Masked()]; ok {
+			return choice{addr: f, block: b, waited: true}, nil
+		}
+	}
+	for _, p := range enabled {
+		for cidr, ok := netip.PrefixFrom(p.CIDR.Addr(), p.BlockSize), true; ok; {
+			behind := cidr
+			if r, ok := a.reservation(cidr); ok {
+				behind = r // one step, however large it is
+			} else if _, ok := claimed[cidr]; !ok {
+				if c, ok, err := a.next(node.Block{CIDR: cidr, Pool: p.CIDR}, nil); ok || err != nil {
+					return c, err
+				}
+			}
+			cidr, ok = nextBlock(p, behind)
+		}
+	}
+	return choice{}, exhausted(enabled, blocks, v6)
 }
 
-// next gives out the first never-used address of a block; false when the rest of it is reserved or was requested.
-func (a *assignment) next(b node.Block) (bool, error) {
-	for b.Next < b.Size() {
+// next chooses the first never-used address of a block; false when there is none, or the rest of them is reserved.
+func (a *assignment) next(b node.Block, waits map[netip.Addr]bool) (choice, bool, error) {
+	var skipped []netip.Addr
+	for ; b.Next < b.Size(); b.Next++ {
 		addr := b.At(b.Next)
-		b.Next++
-		if a.isReserved(addr) {
-			continue
+		if waits[addr] {
+			continue // it was requested and released before its turn
 		}
 		if _, err := a.tx.Owner(addr); err == nil {
+			continue // it was requested before its turn
+		} else if !errors.Is(err, node.ErrNotFound) {
+			return choice{}, false, err
+		}
+		if a.isReserved(addr) {
+			skipped = append(skipped, addr)
 			continue
 		}
-		// An address that was requested and released before its turn waits in the line of the freed ones.
-		if _, err := a.tx.TakeFreed(func(f netip.Addr) bool { return f == addr }); err != nil && !errors.Is(err, node.ErrNotFound) {
-			return false, err
-		}
-		if err := a.tx.PutBlock(b); err != nil {
-			return false, err
-		}
-		return true, a.hold(addr, b.CIDR)
+		b.Next++
+		return choice{addr: addr, block: b, skipped: skipped}, true, nil
 	}
-	return false, a.tx.PutBlock(b)
-}
-
-// claim makes a block of a pool this node's own. A store shared by nodes decides here which node gets it.
-func (a *assignment) claim(cidr, pool netip.Prefix) error {
-	return a.tx.PutBlock(node.Block{CIDR: cidr, Pool: pool})
-}
-
-func (a *assignment) hold(addr netip.Addr, block netip.Prefix) error {
-	if err := a.tx.Hold(a.key, addr, block); err != nil {
-		return err
-	}
-	a.got = append(a.got, addr)
-	return nil
+	return choice{}, false, nil
 }
 
 func (a *assignment) isReserved(addr netip.Addr) bool {
@@ -141,6 +176,16 @@ func (a *assignment) isReserved(addr netip.Addr) bool {
 		}
 	}
 	return false
+}
+
+// reservation is one that has the whole of a block.
+func (a *assignment) reservation(cidr netip.Prefix) (netip.Prefix, bool) {
+	for _, r := range a.reserved {
+		if r.Bits() <= cidr.Bits() && r.Contains(cidr.Addr()) {
+			return r, true
+		}
+	}
+	return netip.Prefix{}, false
 }
 
 // enabled are the pools of a family that new addresses may come out of.
@@ -163,76 +208,39 @@ func within(pools []api.IPPool, addr netip.Addr) (api.IPPool, bool) {
 	return api.IPPool{}, false
 }
 
-// room tells whether one more address of a family could be given out, as far as counting tells.
-func (a *assignment) room(blocks []node.Block, v6 bool) bool {
-	for _, p := range a.enabled(v6) {
-		claimed := 0
-		for _, b := range blocks {
-			if b.Pool != p.CIDR {
-				continue
-			}
-			claimed++
-			if b.Used < b.Size()-a.reservedIn(b.CIDR) {
-				return true
-			}
-		}
-		if count := p.BlockSize - p.CIDR.Bits(); count > 30 || claimed < 1<<count {
-			return true
-		}
-	}
-	return false
-}
-
-// reservedIn counts the reserved addresses of a block.
-func (a *assignment) reservedIn(cidr netip.Prefix) int {
-	n := 0
-	for _, r := range a.reserved {
-		if r.Overlaps(cidr) {
-			n += 1 << (cidr.Addr().BitLen() - max(r.Bits(), cidr.Bits()))
-		}
-	}
-	return n
-}
-
-func (a *assignment) exhausted(blocks []node.Block, v6 bool) error {
+func exhausted(pools []api.IPPool, blocks []node.Block, v6 bool) error {
 	family := "IPv4"
 	if v6 {
 		family = "IPv6"
 	}
-	pools := a.enabled(v6)
 	if len(pools) == 0 {
-		return fmt.Errorf("%s: %w: no pool of that family is configured", family, ErrExhausted)
+		return fmt.Errorf("%s: %w: no pool of that family is configured and enabled", family, ErrExhausted)
 	}
 	used := 0
 	for _, b := range blocks {
-		if b.CIDR.Addr().Is6() == v6 {
+		if _, ok := within(pools, b.CIDR.Addr()); ok {
 			used += b.Used
 		}
 	}
 	return fmt.Errorf("%s: %w in %s: %d addresses are held; add a pool, or look for leaks with caracalctl ipam check", family, ErrExhausted, names(pools), used)
 }
 
-func (a *assignment) names() string { return names(a.pools) }
-
 func names(pools []api.IPPool) string {
-	s := ""
-	for i, p := range pools {
-		if i > 0 {
-			s += ", "
-		}
-		s += p.CIDR.String()
+	var all []string
+	for _, p := range pools {
+		all = append(all, p.CIDR.String())
 	}
-	return s
+	return strings.Join(all, ", ")
 }
 
-// firstBlock is a pool's first block.
-func firstBlock(p api.IPPool) netip.Prefix {
-	return netip.PrefixFrom(p.CIDR.Addr(), p.BlockSize).Masked()
-}
-
-// nextBlock is the block behind cidr, false when that was the pool's last.
+// nextBlock is a pool's first block behind cidr, which is one of its blocks or larger; false when there is none.
 func nextBlock(p api.IPPool, cidr netip.Prefix) (netip.Prefix, bool) {
-	a := (node.Block{CIDR: cidr}).At(1<<(cidr.Addr().BitLen()-cidr.Bits()) - 1).Next()
+	last := cidr.Masked().Addr().AsSlice()
+	for bit := cidr.Bits(); bit < len(last)*8; bit++ {
+		last[bit/8] |= 0x80 >> (bit % 8)
+	}
+	a, _ := netip.AddrFromSlice(last)
+	a = a.Next()
 	if !a.IsValid() || !p.CIDR.Contains(a) {
 		return netip.Prefix{}, false
 	}

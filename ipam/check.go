@@ -11,7 +11,7 @@ import (
 
 // Problem is one thing that Check found wrong.
 type Problem struct {
-	Kind   string     `json:"kind"` // leaked, unrecorded, double, stray, miscounted
+	Kind   string     `json:"kind"` // leaked, unrecorded, double, stray, lost, miscounted
 	Addr   netip.Addr `json:"address,omitzero"`
 	Holder string     `json:"holder,omitempty"` // network/container/interface
 	Detail string     `json:"detail"`
@@ -34,7 +34,11 @@ func Check(tx *node.Tx, alive func(node.Key) bool) (Report, error) {
 	}
 	report := Report{Blocks: len(blocks), Problems: []Problem{}}
 	add := func(kind string, a netip.Addr, k node.Key, format string, args ...any) {
-		report.Problems = append(report.Problems, Problem{kind, a, k.String(), fmt.Sprintf(format, args...)})
+		holder := ""
+		if k != (node.Key{}) {
+			holder = k.String()
+		}
+		report.Problems = append(report.Problems, Problem{kind, a, holder, fmt.Sprintf(format, args...)})
 	}
 	used := make(map[netip.Prefix]int)
 	held := make(map[netip.Addr]node.Key)
@@ -49,8 +53,14 @@ func Check(tx *node.Tx, alive func(node.Key) bool) (Report, error) {
 			if !h.Block.Contains(h.Addr) || !slices.ContainsFunc(blocks, func(b node.Block) bool { return b.CIDR == h.Block }) {
 				add("stray", h.Addr, k, "in no block of this node")
 			}
-			if owner, err := tx.Owner(h.Addr); err != nil || owner != k {
-				add("double", h.Addr, k, "the address says it is held by %s", owner)
+			owner, err := tx.Owner(h.Addr)
+			switch {
+			case errors.Is(err, node.ErrNotFound):
+				add("double", h.Addr, k, "the address does not know that it is held, and may be given out again")
+			case err != nil:
+				return err
+			case owner != k:
+				add("double", h.Addr, k, "the address says that it is held by %s", owner)
 			}
 		}
 		if _, err := tx.Endpoint(k); errors.Is(err, node.ErrNotFound) && (alive == nil || !alive(k)) {
@@ -85,12 +95,37 @@ func Check(tx *node.Tx, alive func(node.Key) bool) (Report, error) {
 		}
 		return nil
 	})
-	for _, b := range blocks {
+	if err != nil {
+		return Report{}, err
+	}
+	waits := make(map[netip.Addr]bool)
+	err = tx.Freed(func(a netip.Addr) error {
+		if k, ok := held[a]; ok {
+			add("double", a, k, "it waits to be given out while it is held")
+		}
+		if waits[a] {
+			add("double", a, node.Key{}, "it waits twice to be given out")
+		}
+		if !slices.ContainsFunc(blocks, func(b node.Block) bool { return b.CIDR.Contains(a) }) {
+			add("stray", a, node.Key{}, "it waits to be given out, in no block of this node")
+		}
+		waits[a] = true
+		return nil
+	})
+	for i, b := range blocks {
 		if b.Used != used[b.CIDR] {
 			add("miscounted", netip.Addr{}, node.Key{}, "block %s says that %d of its addresses are held; %d are", b.CIDR, b.Used, used[b.CIDR])
 		}
-		if !b.Pool.Contains(b.CIDR.Addr()) {
+		if !b.Pool.Contains(b.CIDR.Addr()) || b.Pool.Bits() > b.CIDR.Bits() {
 			add("stray", netip.Addr{}, node.Key{}, "block %s is not in its pool %s", b.CIDR, b.Pool)
+		}
+		if i > 0 && b.CIDR.Overlaps(blocks[i-1].CIDR) {
+			add("double", netip.Addr{}, node.Key{}, "block %s overlaps %s", b.CIDR, blocks[i-1].CIDR)
+		}
+		for n := range b.Next {
+			if _, ok := held[b.At(n)]; !ok && !waits[b.At(n)] {
+				add("lost", b.At(n), node.Key{}, "nobody holds it and it is not given out again")
+			}
 		}
 	}
 	return report, err

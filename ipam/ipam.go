@@ -42,7 +42,7 @@ type Request struct {
 	V6   bool         // an IPv6 address, unless Want has one
 }
 
-// Pools validates the configured pools and puts the default in their place when there are none.
+// pools validates the configured pools and puts the default in their place when there are none.
 func (c Config) pools() ([]api.IPPool, error) {
 	if len(c.Pools) == 0 {
 		p, err := api.IPPool{CIDR: DefaultPool}.Defaulted()
@@ -64,9 +64,27 @@ func (c Config) pools() ([]api.IPPool, error) {
 	return pools, nil
 }
 
+// reservations validates the reservations; IPv4 ones written in IPv6 become IPv4.
+func (c Config) reservations() ([]netip.Prefix, error) {
+	var all []netip.Prefix
+	for _, r := range c.Reservations {
+		if a := r.Addr(); a.Is4In6() && r.Bits() >= 96 {
+			r = netip.PrefixFrom(a.Unmap(), r.Bits()-96)
+		}
+		if !r.IsValid() {
+			return nil, fmt.Errorf("%w: reservation %q is not a prefix", ErrPool, r)
+		}
+		all = append(all, r.Masked())
+	}
+	return all, nil
+}
+
 // Validate checks the configuration without a database.
 func (c Config) Validate() error {
 	_, err := c.pools()
+	if err == nil {
+		_, err = c.reservations()
+	}
 	return err
 }
 
@@ -84,68 +102,77 @@ func (c Config) Families() (v4, v6 bool) {
 // those. On an error the caller's transaction must be given up. Errors: ErrExhausted, ErrTaken, ErrOutsidePool,
 // ErrReserved, ErrPool.
 func Assign(tx *node.Tx, cfg Config, r Request) ([]netip.Addr, error) {
-	pools, err := cfg.pools()
+	a, empty, err := begin(tx, cfg)
 	if err != nil {
 		return nil, err
 	}
-	if err := disjoint(tx, pools); err != nil {
-		return nil, err
-	}
+	a.key = r.Key
 	held, err := tx.Held(r.Key)
 	if err != nil {
 		return nil, err
 	}
 	if len(held) > 0 {
-		var addrs []netip.Addr
 		for _, h := range held {
-			addrs = append(addrs, h.Addr)
+			a.got = append(a.got, h.Addr)
 		}
-		return addrs, nil
+		return a.sorted(), nil
 	}
-	a := assignment{tx: tx, pools: pools, reserved: cfg.Reservations, key: r.Key}
-	want4, want6 := r.V4, r.V6
-	for _, w := range r.Want {
-		if err := a.take(w.Unmap()); err != nil {
+	for _, b := range empty {
+		if err := tx.DeleteBlock(b.CIDR); err != nil {
 			return nil, err
 		}
-		want4 = want4 && !w.Unmap().Is4()
-		want6 = want6 && w.Unmap().Is4()
 	}
-	for _, family := range []struct {
-		want, v6 bool
-	}{{want4, false}, {want6, true}} {
-		if family.want {
-			if err := a.any(family.v6); err != nil {
-				return nil, err
-			}
+	want4, want6 := r.V4, r.V6
+	for i, w := range r.Want {
+		w = w.Unmap()
+		if slices.ContainsFunc(r.Want[:i], func(other netip.Addr) bool { return other.Unmap() == w }) {
+			continue
+		}
+		if err := a.take(w); err != nil {
+			return nil, err
+		}
+		want4 = want4 && !w.Is4()
+		want6 = want6 && w.Is4()
+	}
+	if want4 {
+		if err := a.any(false); err != nil {
+			return nil, err
 		}
 	}
-	slices.SortStableFunc(a.got, func(x, y netip.Addr) int { return x.BitLen() - y.BitLen() })
-	return a.got, nil
+	if want6 {
+		if err := a.any(true); err != nil {
+			return nil, err
+		}
+	}
+	return a.sorted(), nil
 }
 
-// Status tells whether one more attachment would get its addresses: nil, ErrExhausted or ErrPool. It changes nothing.
+// sorted are the addresses that the attachment holds, IPv4 first.
+func (a *assignment) sorted() []netip.Addr {
+	slices.SortStableFunc(a.got, func(x, y netip.Addr) int { return x.BitLen() - y.BitLen() })
+	return a.got
+}
+
+// Status tells whether one more attachment would get its addresses: nil, or the error that Assign would return. It
+// changes nothing.
 func Status(tx *node.Tx, cfg Config, v4, v6 bool) error {
-	pools, err := cfg.pools()
+	a, empty, err := begin(tx, cfg)
 	if err != nil {
-		return err
-	}
-	if err := disjoint(tx, pools); err != nil {
 		return err
 	}
 	blocks, err := tx.Blocks()
 	if err != nil {
 		return err
 	}
-	a := assignment{tx: tx, pools: pools, reserved: cfg.Reservations}
-	for _, family := range []struct {
-		want, v6 bool
-	}{{v4, false}, {v6, true}} {
-		if !family.want {
-			continue
+	blocks = slices.DeleteFunc(blocks, func(b node.Block) bool { return slices.Contains(empty, b) })
+	if v4 {
+		if _, err := a.find(blocks, false); err != nil {
+			return err
 		}
-		if !a.room(blocks, family.v6) {
-			return a.exhausted(blocks, family.v6)
+	}
+	if v6 {
+		if _, err := a.find(blocks, true); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -154,21 +181,37 @@ func Status(tx *node.Tx, cfg Config, v4, v6 bool) error {
 // Release takes back what an attachment holds and returns it. Nothing held is not an error.
 func Release(tx *node.Tx, key node.Key) ([]netip.Addr, error) { return tx.Release(key) }
 
-// disjoint makes sure that no pool overlaps a claimed block of another pool.
-func disjoint(tx *node.Tx, pools []api.IPPool) error {
+// begin checks the configuration, also against the blocks that this node has: no pool may overlap a block of another
+// one, or cut its blocks in another size, as long as they hold addresses. Those that hold none are returned: they give
+// way.
+func begin(tx *node.Tx, cfg Config) (*assignment, []node.Block, error) {
+	pools, err := cfg.pools()
+	if err != nil {
+		return nil, nil, err
+	}
+	reserved, err := cfg.reservations()
+	if err != nil {
+		return nil, nil, err
+	}
 	blocks, err := tx.Blocks()
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
-	for _, p := range pools {
-		for _, b := range blocks {
-			if b.Pool != p.CIDR && p.CIDR.Overlaps(b.Pool) {
-				return fmt.Errorf("%w: %s overlaps %s, which this node has blocks of; use the same pool, or release its addresses first", ErrPool, p.CIDR, b.Pool)
+	var empty []node.Block
+	for _, b := range blocks {
+		for _, p := range pools {
+			switch {
+			case b.Pool == p.CIDR && b.CIDR.Bits() == p.BlockSize, b.Pool != p.CIDR && !b.Pool.Overlaps(p.CIDR):
+				continue
+			case b.Used == 0:
+				empty = append(empty, b)
+			case b.Pool == p.CIDR:
+				return nil, nil, fmt.Errorf("%w: %s has blocks of /%d on this node, not /%d; the block size of a pool in use can't change", ErrPool, p.CIDR, b.CIDR.Bits(), p.BlockSize)
+			default:
+				return nil, nil, fmt.Errorf("%w: %s overlaps %s, which this node has blocks of; use the same pool, or release its addresses first", ErrPool, p.CIDR, b.Pool)
 			}
-			if b.Pool == p.CIDR && b.CIDR.Bits() != p.BlockSize {
-				return fmt.Errorf("%w: %s has blocks of /%d on this node, not /%d; the block size of a pool in use can't change", ErrPool, p.CIDR, b.CIDR.Bits(), p.BlockSize)
-			}
+			break
 		}
 	}
-	return nil
+	return &assignment{tx: tx, pools: pools, reserved: reserved}, empty, nil
 }

@@ -15,7 +15,9 @@ func pool(cidr string, size int) api.IPPool {
 	return api.IPPool{CIDR: netip.MustParsePrefix(cidr), BlockSize: size}
 }
 
-func key(i int) node.Key { return node.Key{Network: "net", ContainerID: fmt.Sprint("c", i), IfName: "eth0"} }
+func key(i int) node.Key {
+	return node.Key{Network: "net", ContainerID: fmt.Sprint("c", i), IfName: "eth0"}
+}
 
 // with runs fn on a database of its own.
 func with(t testing.TB, fn func(update func(func(*node.Tx) error) error)) {

@@ -47,7 +47,16 @@ func (tx *Tx) Block(cidr netip.Prefix) (Block, error) {
 	if err := get(tx, bucketBlocks, cidr.String(), &b); err != nil {
 		return Block{}, fmt.Errorf("block %s: %w", cidr, err)
 	}
-	return b, nil
+	return b, b.check(cidr.String())
+}
+
+// check makes sure that a record can be counted with.
+func (b Block) check(name string) error {
+	if !b.CIDR.IsValid() || b.CIDR != b.CIDR.Masked() || b.CIDR.String() != name || b.CIDR.Addr().BitLen()-b.CIDR.Bits() > 16 ||
+		b.Next < 0 || b.Next > b.Size() {
+		return invalid("block %s is recorded as %+v", name, b)
+	}
+	return nil
 }
 
 // Blocks lists the claimed blocks by address.
@@ -57,6 +66,9 @@ func (tx *Tx) Blocks() ([]Block, error) {
 		var b Block
 		if err := decode(v, &b); err != nil {
 			return fmt.Errorf("block %s: %w", k, err)
+		}
+		if err := b.check(string(k)); err != nil {
+			return err
 		}
 		blocks = append(blocks, b)
 		return nil
@@ -94,12 +106,15 @@ func (tx *Tx) DeleteBlock(cidr netip.Prefix) error {
 
 // Owner tells which attachment holds an address. ErrNotFound when none does.
 func (tx *Tx) Owner(a netip.Addr) (Key, error) {
-	if b := tx.bolt.Bucket(bucketOwners); b != nil {
-		if v := b.Get([]byte(a.String())); v != nil {
-			return ParseKey(string(v))
-		}
+	v := tx.bolt.Bucket(bucketOwners).Get([]byte(a.String()))
+	if v == nil {
+		return Key{}, fmt.Errorf("owner of %s: %w", a, ErrNotFound)
 	}
-	return Key{}, fmt.Errorf("owner of %s: %w", a, ErrNotFound)
+	k, err := ParseKey(string(v))
+	if err != nil {
+		return Key{}, fmt.Errorf("owner of %s: %w", a, errors.Join(bolterrors.ErrInvalid, err))
+	}
+	return k, nil
 }
 
 // Held lists the addresses that an attachment holds, in the order it got them.
@@ -148,6 +163,8 @@ func (tx *Tx) Hold(k Key, a netip.Addr, block netip.Prefix) error {
 	}
 	if owner, err := tx.Owner(a); err == nil {
 		return fmt.Errorf("%s is held by %s", a, owner)
+	} else if !errors.Is(err, ErrNotFound) {
+		return err
 	}
 	b, err := tx.Block(block)
 	if err != nil {
@@ -193,6 +210,9 @@ func (tx *Tx) free(k Key, h Holding) error {
 		return err
 	}
 	b, err := tx.Block(h.Block)
+	if errors.Is(err, ErrNotFound) {
+		return nil // not ours to give out again
+	}
 	if err != nil {
 		return err
 	}
@@ -200,12 +220,29 @@ func (tx *Tx) free(k Key, h Holding) error {
 	if err := tx.PutBlock(b); err != nil {
 		return err
 	}
+	return tx.Free(h.Addr)
+}
+
+// Free makes an address of a claimed block, which nobody holds, the last in line to be given out.
+func (tx *Tx) Free(a netip.Addr) error {
 	freed := tx.bolt.Bucket(bucketFreed)
 	seq, err := freed.NextSequence()
 	if err != nil {
 		return err
 	}
-	return freed.Put(fmt.Appendf(nil, "%020d", seq), []byte(h.Addr.String()))
+	return freed.Put(fmt.Appendf(nil, "%020d", seq), []byte(a.String()))
+}
+
+// Freed calls fn for every address that waits to be given out again, the one that has been free the longest first. fn
+// must not write.
+func (tx *Tx) Freed(fn func(netip.Addr) error) error {
+	return each(tx, bucketFreed, func(_, v []byte) error {
+		a, err := netip.ParseAddr(string(v))
+		if err != nil {
+			return errors.Join(bolterrors.ErrInvalid, err)
+		}
+		return fn(a)
+	})
 }
 
 // TakeFreed removes and returns the address that has been free the longest of those that want says yes to.

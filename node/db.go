@@ -10,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
-	"strconv"
 	"strings"
 	"time"
 
@@ -46,11 +45,15 @@ type Options struct {
 	BootIDFile string        // "": BootIDFile; a simulated node has its own
 }
 
-func (o Options) wait() time.Duration {
-	if o.Wait == 0 {
-		return 30 * time.Second
+func (o Options) wait(ctx context.Context) time.Duration {
+	wait := o.Wait
+	if wait == 0 {
+		wait = 30 * time.Second
 	}
-	return o.Wait
+	if deadline, ok := ctx.Deadline(); ok {
+		wait = min(wait, max(time.Millisecond, time.Until(deadline)))
+	}
+	return wait
 }
 
 // BootID reads which boot this is.
@@ -63,28 +66,47 @@ func (o Options) BootID() (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("read boot id: %w", err)
 	}
-	return strings.TrimSpace(string(b)), nil
+	id := strings.TrimSpace(string(b))
+	if id == "" {
+		return "", fmt.Errorf("read boot id: %s is empty", file)
+	}
+	return id, nil
 }
 
 // DB is an open node database. Close it soon: others wait.
 type DB struct {
-	bolt *bbolt.DB
-	path string
-	turn *Lock // whose turn it is to open the file: the library would poll for that every 50 ms
+	bolt   *bbolt.DB
+	file   *os.File // the library's
+	path   string
+	turn   *Lock // whose turn it is to open the file: the library would poll for that every 50 ms
+	torn   bool  // the last transaction may be missing
+	broken bool  // the library gave up in the middle of something and may hold its own locks
 }
 
 // Open opens <dir>/node.db for writing and creates it (and dir) when it is not there. When the machine was booted
 // since it was written, all that earlier boots left is provably dead: endpoints and the addresses they held are
 // released in one transaction. Claimed blocks and settings stay.
 func Open(ctx context.Context, dir string, opts Options) (*DB, error) {
+	path := filepath.Join(dir, fileName)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, classify(filepath.Join(dir, fileName), err)
+		return nil, classify(path, err)
 	}
 	boot, err := opts.BootID()
 	if err != nil {
 		return nil, err
 	}
-	db, err := open(ctx, dir, opts, false)
+	wait := opts.wait(ctx)
+	turn, err := lockFile(ctx, path+".lock", unix.LOCK_EX, wait)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
+		if err := create(path, boot); err != nil {
+			turn.Unlock()
+			return nil, classify(path, err)
+		}
+	}
+	db, err := open(path, turn, wait, false)
 	if err != nil {
 		return nil, err
 	}
@@ -95,87 +117,127 @@ func Open(ctx context.Context, dir string, opts Options) (*DB, error) {
 	return db, nil
 }
 
-// OpenReadOnly opens <dir>/node.db for reading beside other readers. It changes nothing, not even after a reboot.
-// ErrNoDatabase when there is none.
+// OpenReadOnly opens <dir>/node.db for reading beside other readers. It changes nothing, not even after a reboot, and
+// works where nothing can be written. ErrNoDatabase when there is none.
 func OpenReadOnly(ctx context.Context, dir string, opts Options) (*DB, error) {
-	db, err := open(ctx, dir, opts, true)
+	path := filepath.Join(dir, fileName)
+	if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%s: %w: no pod was added on this node yet, or the state directory is another one", path, ErrNoDatabase)
+	}
+	queue := path + ".lock"
+	if _, err := os.Stat(queue); errors.Is(err, fs.ErrNotExist) {
+		queue = path // a copy that nobody writes
+	}
+	wait := opts.wait(ctx)
+	turn, err := lockFile(ctx, queue, unix.LOCK_SH, wait)
+	if err != nil {
+		return nil, err
+	}
+	db, err := open(path, turn, wait, true)
 	if err != nil {
 		return nil, err
 	}
 	err = db.View(func(tx *Tx) error {
-		_, err := tx.version()
-		return err
-	})
-	if err != nil {
-		db.Close()
-		return nil, err
-	}
-	return db, nil
-}
-
-func open(ctx context.Context, dir string, opts Options, readOnly bool) (*DB, error) {
-	path := filepath.Join(dir, fileName)
-	wait := opts.wait()
-	if deadline, ok := ctx.Deadline(); ok {
-		wait = min(wait, max(time.Millisecond, time.Until(deadline)))
-	}
-	if readOnly {
-		if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
-			return nil, fmt.Errorf("%s: %w: no pod was added on this node yet, or the state directory is another one", path, ErrNoDatabase)
-		}
-	}
-	how := unix.LOCK_EX
-	if readOnly {
-		how = unix.LOCK_SH
-	}
-	turn, err := lockFile(ctx, path+".lock", how, wait)
-	if err != nil {
-		return nil, err
-	}
-	// The free list is rebuilt when the file is opened: it is small, and writing it costs a page a transaction.
-	bolt, err := openBolt(path, &bbolt.Options{Timeout: wait, ReadOnly: readOnly, NoFreelistSync: true, FreelistType: bbolt.FreelistArrayType})
-	if err != nil {
-		turn.Unlock()
-		return nil, classify(path, err)
-	}
-	db := &DB{bolt: bolt, path: path, turn: turn}
-	if err := db.whole(); err != nil {
-		db.Close()
-		return nil, err
-	}
-	return db, nil
-}
-
-// openBolt turns the library's panic on a corrupt file into an error.
-func openBolt(path string, o *bbolt.Options) (db *bbolt.DB, err error) {
-	defer recoverCorrupt(&err)
-	return bbolt.Open(path, 0o600, o)
-}
-
-// recoverCorrupt turns a panic or a fault in mapped memory into ErrInvalid, which classify names ErrCorrupt.
-func recoverCorrupt(err *error) {
-	if r := recover(); r != nil {
-		*err = fmt.Errorf("%w: %v", bolterrors.ErrInvalid, r)
-	}
-}
-
-// whole checks that the file is as long as its header says, before anything behind its end is touched.
-func (db *DB) whole() error {
-	return db.View(func(tx *Tx) error {
-		st, err := os.Stat(db.path)
-		if err != nil {
+		if err := tx.check(); err != nil {
 			return err
 		}
-		if st.Size() < tx.bolt.Size() {
-			return fmt.Errorf("%d bytes long instead of %d: %w", st.Size(), tx.bolt.Size(), bolterrors.ErrInvalid)
+		if db.torn {
+			return errTorn
 		}
 		return nil
 	})
+	if err != nil {
+		db.Close()
+		return nil, err
+	}
+	return db, nil
+}
+
+// errTorn says that one of the file's two heads is broken. The older one still stands, but an address that was given
+// out in the transaction after it would be given out again.
+var errTorn = invalid("half of its head is broken, its last transaction may be missing")
+
+// create makes a database aside and moves it into its place, so that there never is half of one.
+func create(path, boot string) error {
+	aside := path + ".new"
+	if err := os.RemoveAll(aside); err != nil {
+		return err
+	}
+	defer os.Remove(aside)
+	bolt, err := bbolt.Open(aside, 0o600, &bbolt.Options{NoFreelistSync: true})
+	if err != nil {
+		return err
+	}
+	err = bolt.Update(func(tx *bbolt.Tx) error {
+		for _, b := range buckets {
+			if _, err := tx.CreateBucket(b); err != nil {
+				return err
+			}
+		}
+		return (&Tx{bolt: tx}).stamp(boot)
+	})
+	if err := errors.Join(err, bolt.Close()); err != nil {
+		return err
+	}
+	if err := os.Rename(aside, path); err != nil {
+		return err
+	}
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return dir.Sync()
+}
+
+// open opens an existing file. turn goes over to the database, or is given back on an error.
+func open(path string, turn *Lock, wait time.Duration, readOnly bool) (*DB, error) {
+	db := &DB{path: path, turn: turn}
+	err := guarded(func() (err error) {
+		db.bolt, err = bbolt.Open(path, 0o600, &bbolt.Options{
+			Timeout:  wait,
+			ReadOnly: readOnly,
+			// The free list is rebuilt when the file is opened: it is small, and writing it costs a page a transaction.
+			NoFreelistSync: true,
+			FreelistType:   bbolt.FreelistArrayType,
+			OpenFile:       db.openFile,
+		})
+		return err
+	}, nil)
+	if err != nil {
+		if db.file != nil {
+			db.file.Close()
+		}
+		turn.Unlock()
+		return nil, classify(path, err)
+	}
+	return db, nil
+}
+
+// openFile hands the library a file that it can trust.
+func (db *DB) openFile(path string, flag int, _ os.FileMode) (*os.File, error) {
+	// Not blocking: it may be a pipe.
+	f, err := os.OpenFile(path, flag&^os.O_CREATE|unix.O_NONBLOCK, 0)
+	if errors.Is(err, unix.EISDIR) {
+		return nil, invalid("not a file but a directory")
+	}
+	if err != nil {
+		return nil, err
+	}
+	if db.torn, err = verify(f); err != nil {
+		f.Close()
+		return nil, err
+	}
+	db.file = f
+	return f, nil
 }
 
 // Close closes the database.
 func (db *DB) Close() error {
 	defer db.turn.Unlock()
+	if db.broken {
+		return db.file.Close()
+	}
 	if err := db.bolt.Close(); err != nil {
 		return classify(db.path, err)
 	}
@@ -189,46 +251,67 @@ func (db *DB) Update(fn func(*Tx) error) error { return db.run(db.bolt.Update, f
 // View runs fn on a consistent view.
 func (db *DB) View(fn func(*Tx) error) error { return db.run(db.bolt.View, fn) }
 
-func (db *DB) run(begin func(func(*bbolt.Tx) error) error, fn func(*Tx) error) (err error) {
-	old := debug.SetPanicOnFault(true)
-	defer debug.SetPanicOnFault(old)
+func (db *DB) run(begin func(func(*bbolt.Tx) error) error, fn func(*Tx) error) error {
+	if db.broken {
+		return classify(db.path, invalid("it broke in an earlier transaction"))
+	}
 	var own error
-	err = func() (err error) {
-		defer recoverCorrupt(&err)
-		return begin(func(tx *bbolt.Tx) error {
+	inside := false
+	db.broken = true // until proven otherwise
+	err := guarded(func() error {
+		err := begin(func(tx *bbolt.Tx) error {
+			inside = true
 			own = fn(&Tx{bolt: tx})
+			inside = false
 			return own
 		})
-	}()
+		db.broken = false
+		return err
+	}, &inside)
 	if err != nil && own != nil && !errors.Is(own, bolterrors.ErrInvalid) {
 		return own
 	}
 	return classify(db.path, err)
 }
 
-// fence makes a new database and releases what belongs to earlier boots. Only then does it write.
+// guarded runs fn and turns what the library does about a file that it can't read (it panics, or faults where the disk
+// fails under mapped memory) into ErrInvalid, which classify names ErrCorrupt. A panic of the caller's own is none of
+// that: inside, if not nil, tells when the caller's code runs.
+func guarded(fn func() error, inside *bool) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		r := recover()
+		if r == nil {
+			return
+		}
+		if _, fault := r.(interface{ Addr() uintptr }); !fault && inside != nil && *inside {
+			panic(r)
+		}
+		err = invalid("%v", r)
+	}()
+	return fn()
+}
+
+// fence releases what belongs to earlier boots. Only then does it write.
 func (db *DB) fence(boot string) error {
-	fresh := false
+	same := false
 	err := db.View(func(tx *Tx) error {
-		version, err := tx.version()
-		fresh = version == 0 || tx.Boot() != boot
-		return err
+		same = tx.Boot() == boot
+		return tx.check()
 	})
-	if err != nil || !fresh {
+	if err != nil {
 		return err
 	}
-	return db.Update(func(tx *Tx) error {
-		for _, b := range buckets {
-			if _, err := tx.bolt.CreateBucketIfNotExists(b); err != nil {
-				return err
-			}
+	if same {
+		if db.torn {
+			return classify(db.path, errTorn)
 		}
+		return nil
+	}
+	return db.Update(func(tx *Tx) error {
 		if err := tx.releaseAll(); err != nil {
 			return err
 		}
-		if err := tx.bolt.Bucket(bucketMeta).Put([]byte("version"), []byte(strconv.Itoa(SchemaVersion))); err != nil {
-			return err
-		}
-		return tx.bolt.Bucket(bucketMeta).Put([]byte("boot"), []byte(boot))
+		return tx.stamp(boot)
 	})
 }

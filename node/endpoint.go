@@ -1,10 +1,12 @@
 package node
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
 	"time"
+	"unicode/utf8"
 )
 
 // Key names one attachment: what a runtime calls it.
@@ -14,13 +16,14 @@ type Key struct {
 	IfName      string `json:"ifName"`
 }
 
-// String is the key as it stands in the database: network/container/interface, none of which may hold a slash.
+// String is the key as it stands in the database: network/container/interface, none of which may be empty, hold a slash
+// or be other than UTF-8.
 func (k Key) String() string { return k.Network + "/" + k.ContainerID + "/" + k.IfName }
 
 // ParseKey is the inverse of String.
 func ParseKey(s string) (Key, error) {
 	f := strings.Split(s, "/")
-	if len(f) != 3 || f[0] == "" || f[1] == "" || f[2] == "" {
+	if len(f) != 3 || f[0] == "" || f[1] == "" || f[2] == "" || !utf8.ValidString(s) {
 		return Key{}, fmt.Errorf("attachment %q: not network/container/interface", s)
 	}
 	return Key{f[0], f[1], f[2]}, nil
@@ -55,6 +58,15 @@ func (tx *Tx) PutEndpoint(e Endpoint) error {
 	if err := e.Key.check(); err != nil {
 		return err
 	}
+	old, err := tx.Endpoint(e.Key)
+	if err != nil && !errors.Is(err, ErrNotFound) {
+		return err
+	}
+	if old.HostIfName != e.HostIfName {
+		if err := tx.unindex(old); err != nil {
+			return err
+		}
+	}
 	if e.HostIfName != "" {
 		if err := tx.bolt.Bucket(bucketHostIfs).Put([]byte(e.HostIfName), []byte(e.Key.String())); err != nil {
 			return err
@@ -69,34 +81,42 @@ func (tx *Tx) Endpoint(k Key) (Endpoint, error) {
 	if err := get(tx, bucketEndpoints, k.String(), &e); err != nil {
 		return Endpoint{}, fmt.Errorf("endpoint %s: %w", k, err)
 	}
+	if e.Key != k {
+		return Endpoint{}, invalid("endpoint %s says that it is %s", k, e.Key)
+	}
 	return e, nil
 }
 
 // EndpointByHostIfName reads the endpoint that owns a host interface. ErrNotFound when none does.
 func (tx *Tx) EndpointByHostIfName(name string) (Endpoint, error) {
-	if b := tx.bolt.Bucket(bucketHostIfs); b != nil {
-		if k, err := ParseKey(string(b.Get([]byte(name)))); err == nil {
-			return tx.Endpoint(k)
-		}
+	if k, err := ParseKey(string(tx.bolt.Bucket(bucketHostIfs).Get([]byte(name)))); err == nil {
+		return tx.Endpoint(k)
 	}
 	return Endpoint{}, fmt.Errorf("endpoint of %s: %w", name, ErrNotFound)
 }
 
 // DeleteEndpoint removes an endpoint. None there is not an error.
 func (tx *Tx) DeleteEndpoint(k Key) error {
-	var e Endpoint
-	if err := get(tx, bucketEndpoints, k.String(), &e); err == nil && e.HostIfName != "" {
-		index := tx.bolt.Bucket(bucketHostIfs)
-		if string(index.Get([]byte(e.HostIfName))) == k.String() {
-			if err := index.Delete([]byte(e.HostIfName)); err != nil {
-				return err
-			}
-		}
+	e, err := tx.Endpoint(k)
+	if errors.Is(err, ErrNotFound) {
+		return nil
 	}
-	if b := tx.bolt.Bucket(bucketEndpoints); b != nil {
-		return b.Delete([]byte(k.String()))
+	if err != nil {
+		return err
 	}
-	return nil
+	if err := tx.unindex(e); err != nil {
+		return err
+	}
+	return tx.bolt.Bucket(bucketEndpoints).Delete([]byte(k.String()))
+}
+
+// unindex forgets that an endpoint owns its host interface, unless another one owns it by now.
+func (tx *Tx) unindex(e Endpoint) error {
+	index := tx.bolt.Bucket(bucketHostIfs)
+	if e.HostIfName == "" || string(index.Get([]byte(e.HostIfName))) != e.Key.String() {
+		return nil
+	}
+	return index.Delete([]byte(e.HostIfName))
 }
 
 // Endpoints calls fn for every endpoint, sorted by key. fn must not write.
@@ -105,6 +125,9 @@ func (tx *Tx) Endpoints(fn func(Endpoint) error) error {
 		var e Endpoint
 		if err := decode(v, &e); err != nil {
 			return fmt.Errorf("endpoint %s: %w", k, err)
+		}
+		if e.Key.String() != string(k) {
+			return invalid("endpoint %s says that it is %s", k, e.Key)
 		}
 		return fn(e)
 	})

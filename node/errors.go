@@ -39,12 +39,18 @@ func classify(path string, err error) error {
 		return fmt.Errorf("%s: %w%s", path, ErrLocked, holder(path))
 	case errors.Is(err, bolterrors.ErrInvalid), errors.Is(err, bolterrors.ErrChecksum), errors.Is(err, bolterrors.ErrVersionMismatch):
 		return fmt.Errorf("%s: %w (%w)", path, ErrCorrupt, err)
-	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+	case is(err, unix.ENOSPC), is(err, unix.EDQUOT):
 		return fmt.Errorf("%s: %w (%w)", path, ErrNoSpace, err)
-	case errors.Is(err, unix.EROFS), errors.Is(err, fs.ErrPermission), errors.Is(err, bbolt.ErrDatabaseReadOnly):
+	case errors.Is(err, unix.EROFS), errors.Is(err, unix.ENOTDIR), errors.Is(err, fs.ErrPermission),
+		errors.Is(err, bbolt.ErrDatabaseReadOnly):
 		return fmt.Errorf("%s: %w (%w)", path, ErrReadOnly, err)
 	}
 	return fmt.Errorf("%s: %w", path, err)
+}
+
+// is finds a system error also where the library kept only its text.
+func is(err error, errno unix.Errno) bool {
+	return errors.Is(err, errno) || strings.Contains(err.Error(), errno.Error())
 }
 
 // holder names the process that locks path, as far as /proc/locks tells.

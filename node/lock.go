@@ -23,12 +23,16 @@ func LockNode(ctx context.Context, dir string) (*Lock, error) {
 
 // TryLock takes a lock of another name in a state directory without waiting. ErrLocked when another process holds it.
 func TryLock(dir, name string) (*Lock, error) {
-	return lockFile(context.Background(), filepath.Join(dir, name), unix.LOCK_EX, time.Nanosecond)
+	return lockFile(context.Background(), filepath.Join(dir, name), unix.LOCK_EX, 0)
 }
 
-// lockFile locks a file for this process, exclusively or with other readers.
+// lockFile locks a file for this process, exclusively or with other readers; who only reads never makes the file.
 func lockFile(ctx context.Context, path string, how int, wait time.Duration) (*Lock, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600)
+	flags := os.O_RDWR | os.O_CREATE
+	if how == unix.LOCK_SH {
+		flags = os.O_RDONLY
+	}
+	f, err := os.OpenFile(path, flags|unix.O_CLOEXEC|unix.O_NONBLOCK, 0o600)
 	if err != nil {
 		return nil, classify(path, err)
 	}
@@ -39,6 +43,10 @@ func lockFile(ctx context.Context, path string, how int, wait time.Duration) (*L
 	if !errors.Is(err, unix.EWOULDBLOCK) {
 		f.Close()
 		return nil, fmt.Errorf("lock %s: %w", path, err)
+	}
+	if wait == 0 {
+		f.Close()
+		return nil, fmt.Errorf("%s: %w%s", path, ErrLocked, holder(path))
 	}
 	// The kernel's queue is fair and wakes the next one at once, but waits without a deadline: so on a goroutine.
 	locked := make(chan error, 1)

@@ -16,20 +16,34 @@ type Tx struct {
 	bolt *bbolt.Tx
 }
 
-// version returns the schema's version, 0 for a database that was just made.
-func (tx *Tx) version() (int, error) {
-	b := tx.bolt.Bucket(bucketMeta)
-	if b == nil {
-		return 0, nil
+// check makes sure that this is a node database of a version that this program knows.
+func (tx *Tx) check() error {
+	meta := tx.bolt.Bucket(bucketMeta)
+	if meta == nil {
+		return invalid("it is no node database")
 	}
-	v, err := strconv.Atoi(string(b.Get([]byte("version"))))
-	if err != nil {
-		return 0, fmt.Errorf("schema version: %w", bolterrors.ErrInvalid)
+	v, err := strconv.Atoi(string(meta.Get([]byte("version"))))
+	if err != nil || v < 1 {
+		return invalid("schema version %q", meta.Get([]byte("version")))
 	}
 	if v > SchemaVersion {
-		return v, fmt.Errorf("%w: %d, this program knows %d; use the program that wrote it", ErrVersion, v, SchemaVersion)
+		return fmt.Errorf("%w: %d, this program knows %d; use the program that wrote it", ErrVersion, v, SchemaVersion)
 	}
-	return v, nil
+	for _, b := range buckets {
+		if tx.bolt.Bucket(b) == nil {
+			return invalid("bucket %s is missing", b)
+		}
+	}
+	return nil
+}
+
+// stamp records the schema's version and the boot that the endpoints belong to.
+func (tx *Tx) stamp(boot string) error {
+	meta := tx.bolt.Bucket(bucketMeta)
+	if err := meta.Put([]byte("version"), []byte(strconv.Itoa(SchemaVersion))); err != nil {
+		return err
+	}
+	return meta.Put([]byte("boot"), []byte(boot))
 }
 
 // Boot is the boot id that the endpoints belong to.
@@ -37,15 +51,12 @@ func (tx *Tx) Boot() string {
 	if b := tx.bolt.Bucket(bucketMeta); b != nil {
 		return string(b.Get([]byte("boot")))
 	}
-	return ""
+	return "" // asked before check
 }
 
 // Setting reads a setting, "" when it was never set.
 func (tx *Tx) Setting(name string) string {
-	if b := tx.bolt.Bucket(bucketSettings); b != nil {
-		return string(b.Get([]byte(name)))
-	}
-	return ""
+	return string(tx.bolt.Bucket(bucketSettings).Get([]byte(name)))
 }
 
 // PutSetting writes a setting; "" removes it.
@@ -67,21 +78,12 @@ func (tx *Tx) Settings(prefix string, fn func(name, value string) error) error {
 	})
 }
 
-// each walks a bucket; one that does not exist is empty.
 func each(tx *Tx, bucket []byte, fn func(k, v []byte) error) error {
-	b := tx.bolt.Bucket(bucket)
-	if b == nil {
-		return nil
-	}
-	return b.ForEach(fn)
+	return tx.bolt.Bucket(bucket).ForEach(fn)
 }
 
 func get(tx *Tx, bucket []byte, key string, into any) error {
-	b := tx.bolt.Bucket(bucket)
-	if b == nil {
-		return ErrNotFound
-	}
-	v := b.Get([]byte(key))
+	v := tx.bolt.Bucket(bucket).Get([]byte(key))
 	if v == nil {
 		return ErrNotFound
 	}
