@@ -186,6 +186,9 @@ func ping(ts *testscript.TestScript, _ bool, args []string) {
 func hostCommand(ts *testscript.TestScript, neg bool, args []string) {
 	out, err := of(ts).host.Exec(context.Background(), args...)
 	fmt.Fprint(ts.Stdout(), out)
+	if err != nil {
+		fmt.Fprint(ts.Stderr(), err)
+	}
 	if (err != nil) != neg {
 		ts.Fatalf("%s: %v", strings.Join(args, " "), err)
 	}
@@ -312,14 +315,14 @@ func hold(ts *testscript.TestScript, _ bool, args []string) {
 	})
 }
 
-// spoil WHAT: state version|db garbage|build: what must be refused or told.
+// spoil db|reboot|build|schema: what must be refused or told.
 func spoil(ts *testscript.TestScript, _ bool, args []string) {
 	h := of(ts).host
 	switch args[0] {
 	case "db":
 		ts.Check(os.WriteFile(filepath.Join(h.StateDir(), "node.db"), bytes.Repeat([]byte("not a database "), 4096), 0o600))
-	case "boot":
-		ts.Check(h.SetBootID())
+	case "reboot":
+		ts.Check(h.Reboot(context.Background()))
 	case "build":
 		ts.Check(changeState(h.BPFDir(), "build"))
 	case "schema":

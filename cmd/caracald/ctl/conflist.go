@@ -154,13 +154,24 @@ func (c *conflist) locate() {
 	c.at = map[string]int64{"": 0}
 	d := json.NewDecoder(bytes.NewReader(c.data))
 	d.UseNumber()
-	c.walk(d, "")
+	c.walk(d, "", 0)
 }
 
-// walk reads one value. The data was decoded before: it is JSON, and not nested too deeply.
-func (c *conflist) walk(d *json.Decoder, path string) {
+// deepest is how deep places are noted; what lies deeper counts as where its parent is.
+const deepest = 8
+
+// walk reads one value. The data was decoded before: it is JSON, and not nested too deeply for a recursion.
+func (c *conflist) walk(d *json.Decoder, path string, depth int) {
 	t, err := d.Token()
 	if err != nil {
+		return
+	}
+	if depth > deepest {
+		for open := nesting(t); open > 0; open += nesting(t) {
+			if t, err = d.Token(); err != nil {
+				return
+			}
+		}
 		return
 	}
 	switch t {
@@ -182,17 +193,28 @@ func (c *conflist) walk(d *json.Decoder, path string) {
 			}
 			seen[key] = true
 			c.at[child] = at
-			c.walk(d, child)
+			c.walk(d, child, depth+1)
 		}
-		d.Token()
+		_, _ = d.Token() // the bracket that closes it
 	case json.Delim('['):
 		for i := 0; d.More(); i++ {
 			child := path + "[" + strconv.Itoa(i) + "]"
 			c.at[child] = c.skip(d.InputOffset())
-			c.walk(d, child)
+			c.walk(d, child, depth+1)
 		}
-		d.Token()
+		_, _ = d.Token() // the bracket that closes it
 	}
+}
+
+// nesting is by how much a token changes the depth.
+func nesting(t json.Token) int {
+	switch t {
+	case json.Delim('{'), json.Delim('['):
+		return 1
+	case json.Delim('}'), json.Delim(']'):
+		return -1
+	}
+	return 0
 }
 
 // begin is where the key that ends at an offset begins.

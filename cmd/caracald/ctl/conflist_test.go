@@ -58,6 +58,14 @@ func TestValidateTellsDuplicates(t *testing.T) {
 	}
 }
 
+func TestValidateDeep(t *testing.T) {
+	deep := strings.Repeat("[", 5000) + strings.Repeat("]", 5000)
+	v := validate([]byte("{\"cniVersion\":\"1.0.0\",\"name\":\"n\",\"x\":" + deep + ",\n\"mtu\":7,\"type\":\"caracal\"}"))
+	if !slices.ContainsFunc(v.Findings, func(f finding) bool { return f.Where == "mtu" && f.Line == 2 && f.Column == 1 }) {
+		t.Errorf("%+v", v)
+	}
+}
+
 // FuzzValidate: never a panic, every finding lies in the input, and what is valid is so for libcni and the plugin too.
 func FuzzValidate(f *testing.F) {
 	for _, seed := range []string{

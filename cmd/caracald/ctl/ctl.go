@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 
 	"github.com/spf13/cobra"
 
@@ -104,11 +105,18 @@ Reading commands change nothing. Exit code 0: done; 1: an error, or a check foun
 }
 
 func (g *globals) complete() error {
-	if g.stateDir == "" {
-		return usagef("--state-dir: empty")
-	}
-	if g.bpffsDir == "" {
-		return usagef("--bpffs-dir: empty")
+	for _, f := range []struct {
+		name string
+		dir  *string
+	}{{"state-dir", &g.stateDir}, {"bpffs-dir", &g.bpffsDir}} {
+		if *f.dir == "" {
+			return usagef("--%s: empty", f.name)
+		}
+		abs, err := filepath.Abs(*f.dir)
+		if err != nil {
+			return fmt.Errorf("--%s: %w", f.name, err)
+		}
+		*f.dir = abs
 	}
 	return nil
 }

@@ -131,6 +131,9 @@ func (o *uninstallOptions) plan(cmd *cobra.Command) error {
 	case err != nil:
 		return err
 	}
+	if err := o.atHome(); err != nil {
+		return err
+	}
 	if len(o.pods) > 0 && !o.force && !o.dryRun {
 		names := make([]string, 0, 4)
 		for _, e := range o.pods {
@@ -140,6 +143,30 @@ func (o *uninstallOptions) plan(cmd *cobra.Command) error {
 			}
 		}
 		return fmt.Errorf("%d pods are attached (%s): remove them first, or take their network away with --force", len(o.pods), strings.Join(names, ", "))
+	}
+	return nil
+}
+
+// atHome refuses where no living pod's interface is: uninstall would leave the interfaces behind, without programs.
+func (o *uninstallOptions) atHome() error {
+	ifs, err := openInterfaces()
+	if err != nil {
+		return err
+	}
+	defer ifs.close()
+	away := ""
+	for _, e := range o.pods {
+		if dead(e) != "" {
+			continue
+		}
+		index, err := ifs.index(e.HostIfName)
+		if err != nil || index != 0 {
+			return err
+		}
+		away = e.HostIfName
+	}
+	if away != "" {
+		return fmt.Errorf("interface %s is not in this network namespace, nor is another one of a living pod: run caracalctl in the node's (nsenter --net), or remove the pods with their runtime", away)
 	}
 	return nil
 }
