@@ -91,7 +91,8 @@ func Inline(ctx context.Context, paths []Path, opts InlineOptions) ([]Series, er
 		}
 		done <- err
 	}()
-	return out, <-done
+	err := <-done
+	return out, err
 }
 
 func inline(ctx context.Context, paths []Path, opts InlineOptions) (out []Series, err error) {
