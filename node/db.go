@@ -235,8 +235,8 @@ func (db *DB) openFile(path string, flag int, _ os.FileMode) (*os.File, error) {
 // Close closes the database.
 func (db *DB) Close() error {
 	defer db.turn.Unlock()
-	if db.broken {
-		return db.file.Close()
+	if db.broken { // the mapped memory stays, and would keep the lock with it
+		return errors.Join(flock(db.file, unix.LOCK_UN), db.file.Close())
 	}
 	if err := db.bolt.Close(); err != nil {
 		return classify(db.path, err)
