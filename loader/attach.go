@@ -31,7 +31,7 @@ const (
 	ByClsact = "clsact"
 )
 
-// hooks are the places of an interface and their programs.
+// hooks are the places of an interface and their programs; from_pod first.
 var hooks = []struct {
 	program string
 	tcx     ebpf.AttachType
@@ -111,7 +111,7 @@ func update(l link.Link, p *ebpf.Program, ifname string) error {
 	return nil
 }
 
-// Attached says how both programs are attached, ByTCX or ByClsact, or what is missing or not the pinned program, as
+// Attached says how from_pod is attached, ByTCX or ByClsact; or, of either program, what is missing or not the pinned one, as
 // an error.
 func Attached(dir, ifname string, ifindex int) (string, error) {
 	how := ""
@@ -129,7 +129,7 @@ func Attached(dir, ifname string, ifindex int) (string, error) {
 		case got != want:
 			return "", fmt.Errorf("program %s on %s has id %d, pinned is %d", h.program, ifname, got, want)
 		}
-		if how == "" || by == ByClsact {
+		if h.program == bpf.DataplaneProgFromPod {
 			how = by
 		}
 	}
@@ -157,19 +157,19 @@ func attached(dir, ifname string, ifindex int, program string, d tc.Direction) (
 	return ebpf.ProgramID(id), ByClsact, nil
 }
 
-// Settle moves an interface from clsact to TCX. There is no moment without a program: a placeholder waits out the
-// RCU grace period on the TCX hook, then the real program takes its place and the filter goes. Between these two
-// calls a packet that is left to the host's stack may be counted twice. Nothing to do is not an error.
+// Settle moves an interface's from_pod from clsact to TCX, which every packet of the pod gains by. to_pod stays where it
+// is: it sees only what comes through the host's stack, and a TCX hook more costs an RCU grace period when the interface is
+// removed, with the kernel's network lock held.
+//
+// There is no moment without a program: a placeholder waits out the grace period on the TCX hook, then the real program
+// takes its place and the filter goes. Between these two calls a packet that is left to the host's stack may be counted
+// twice. Nothing to do is not an error.
 func Settle(dir, ifname string, ifindex int) error {
 	if !HasTCX() {
 		return nil
 	}
-	for _, h := range hooks {
-		if err := settle(dir, ifname, ifindex, h.program, h.tcx, h.clsact); err != nil {
-			return err
-		}
-	}
-	return tc.RemoveClsact(ifindex)
+	h := hooks[0]
+	return settle(dir, ifname, ifindex, h.program, h.tcx, h.clsact)
 }
 
 func settle(dir, ifname string, ifindex int, program string, hook ebpf.AttachType, d tc.Direction) error {
