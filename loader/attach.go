@@ -98,7 +98,14 @@ func attachTCX(dir, ifname string, ifindex int, program string, hook ebpf.Attach
 		return fmt.Errorf("attach %s to %s by TCX: %w", program, ifname, err)
 	}
 	defer l.Close()
-	if err := l.Pin(bpf.LinkPath(dir, ifname, program)); err != nil {
+	// Over what a dead interface of that name may have left, in one step.
+	path := bpf.LinkPath(dir, ifname, program)
+	aside := fmt.Sprintf("%s-%d", path, os.Getpid())
+	if err := l.Pin(aside); err != nil {
+		return fmt.Errorf("pin link of %s to %s: %w", program, ifname, err)
+	}
+	if err := os.Rename(aside, path); err != nil {
+		os.Remove(aside)
 		return fmt.Errorf("pin link of %s to %s: %w", program, ifname, err)
 	}
 	return nil
@@ -238,7 +245,7 @@ func Links(dir string) ([]string, error) {
 }
 
 // openLink opens the pinned link of one hook, or returns nil when there is none for this very interface: a link whose
-// interface is gone (defunct), or another one of the same name, counts as absent and its pin is removed.
+// interface is gone (defunct), or another one of the same name, counts as absent. It changes nothing, because readers call it too.
 func openLink(dir, ifname, program string, ifindex int) (link.Link, error) {
 	path := bpf.LinkPath(dir, ifname, program)
 	l, err := link.LoadPinnedLink(path, nil)
@@ -256,11 +263,7 @@ func openLink(dir, ifname, program string, ifindex int) (link.Link, error) {
 	if t := info.TCX(); t != nil && int(t.Ifindex) == ifindex {
 		return l, nil
 	}
-	l.Close()
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("remove stale link pin: %w", err)
-	}
-	return nil, nil
+	return nil, l.Close()
 }
 
 func openProgram(dir, name string) (*ebpf.Program, error) {
