@@ -2,8 +2,10 @@
 SHELL := /bin/bash
 export CGO_ENABLED := 0
 GO ?= go
+VERSION := $(shell git describe --tags --always 2>/dev/null || echo unknown)
+CTL := github.com/caracal-net/caracal/cmd/caracald/ctl
 COMMIT := $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
-BUILD := $(GO) build -trimpath -ldflags "-s -w -X main.commit=$(COMMIT)"
+BUILD := $(GO) build -trimpath -ldflags "-s -w -X $(CTL).Version=$(VERSION) -X $(CTL).Commit=$(COMMIT)"
 GOLANGCI := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.5.0
 
 .DEFAULT_GOAL := help

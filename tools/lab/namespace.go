@@ -23,7 +23,7 @@ type Namespace struct {
 func (n Namespace) Do(fn func() error) error { return netns.Do(n.Netns, fn) }
 
 // Env is the environment of processes of the lab: the caller's, with the lab's bin directory first in the PATH and, on a
-// host, CARACAL_STATE_DIR and CARACAL_BPFFS_DIR.
+// host, CARACAL_STATE_DIR, CARACAL_BPFFS_DIR and CARACAL_BOOT_ID_FILE.
 func (n Namespace) Env() []string { return append(os.Environ(), n.env...) }
 
 // Start starts cmd inside the namespace. Only the network namespace changes: mounts, also /sys, stay the caller's. A nil
