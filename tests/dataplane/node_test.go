@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -105,6 +106,11 @@ func newNode(t testing.TB, cfg loader.Config) *node {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { n.maps.Close() })
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("counts at the end: %v", n.counts())
+		}
+	})
 	n.do(func() error {
 		lo, err := netlink.LinkByName("lo")
 		if err != nil {
@@ -141,6 +147,19 @@ type podOption func(*commit.Pod)
 
 func withMTU(mtu int) podOption { return func(p *commit.Pod) { p.MTU = mtu } }
 func shaped() podOption         { return func(p *commit.Pod) { p.Shaped = true } }
+
+// unwire takes the routes to a pod off the host, as its removal does, and leaves its interface.
+func (n *node) unwire(p *pod) {
+	n.t.Helper()
+	n.do(func() error {
+		for _, a := range p.commit.Addrs {
+			if err := netlink.RouteDel(&netlink.Route{LinkIndex: p.commit.IfIndex, Dst: host(a), Scope: netlink.SCOPE_LINK}); err != nil {
+				return fmt.Errorf("remove route: %w", err)
+			}
+		}
+		return nil
+	})
+}
 
 // addPod wires a pod as the plugin does, without the plugin.
 func (n *node) addPod(name string, index int, mode loader.Mode, opts ...podOption) *pod {
@@ -228,6 +247,23 @@ func (p *pod) configure() error {
 		}
 		if err := netlink.RouteAdd(&netlink.Route{LinkIndex: p.ifindex, Gw: gw.AsSlice()}); err != nil {
 			return fmt.Errorf("add default route: %w", err)
+		}
+	}
+	return p.receives()
+}
+
+// receives waits until the kernel's address worker has made the pod's addresses its own, which it does behind the back of
+// who adds an IPv6 address, without duplicate address detection too.
+func (p *pod) receives() error {
+	for _, a := range p.commit.Addrs {
+		for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+			routes, err := netlink.RouteGet(a.AsSlice())
+			if err == nil && len(routes) == 1 && routes[0].Type == unix.RTN_LOCAL {
+				break
+			}
+			if time.Now().After(deadline) {
+				return fmt.Errorf("%s did not become local: %v, %w", a, routes, err)
+			}
 		}
 	}
 	return nil
