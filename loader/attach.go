@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"slices"
 
 	"github.com/cilium/ebpf"
@@ -98,8 +99,16 @@ func attachTCX(dir, ifname string, ifindex int, program string, hook ebpf.Attach
 		return fmt.Errorf("attach %s to %s by TCX: %w", program, ifname, err)
 	}
 	defer l.Close()
-	// Over what a dead interface of that name may have left, in one step.
+	// Over what a dead interface of that name may have left, in one step. A process killed between the two calls below
+	// leaves its link aside.
 	path := bpf.LinkPath(dir, ifname, program)
+	stale, err := filepath.Glob(path + "-*")
+	if err != nil {
+		return fmt.Errorf("look for stale links: %w", err)
+	}
+	for _, s := range stale {
+		os.Remove(s)
+	}
 	aside := fmt.Sprintf("%s-%d", path, os.Getpid())
 	if err := l.Pin(aside); err != nil {
 		return fmt.Errorf("pin link of %s to %s: %w", program, ifname, err)
