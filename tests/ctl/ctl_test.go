@@ -110,7 +110,6 @@ func execute(ts *testscript.TestScript, want int, path string, args []string) {
 	defer cancel()
 	cmd := exec.CommandContext(ctx, path, args...)
 	cmd.Dir = ts.MkAbs(".")
-	cmd.Env = append(os.Environ(), "CARACAL_BOOT_ID_FILE="+ts.Getenv("CARACAL_BOOT_ID_FILE"))
 	var stdout, stderr bytes.Buffer
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(r.stdin), &stdout, &stderr
 	r.stdin = ""
@@ -262,8 +261,7 @@ func settled(ts *testscript.TestScript, _ bool, _ []string) {
 	r := of(ts)
 	until(ts, "all pods are attached by TCX", func() bool {
 		cmd := exec.Command(r.ctl, "pods", "-o", "json")
-		cmd.Env = append(os.Environ(), "CARACAL_BOOT_ID_FILE="+ts.Getenv("CARACAL_BOOT_ID_FILE"))
-		var stdout bytes.Buffer
+			var stdout bytes.Buffer
 		cmd.Stdout = &stdout
 		ts.Check(r.host.Namespace().Run(cmd))
 		var pods []struct{ Attached string }
