@@ -147,15 +147,18 @@ func checkPod(s *sides, e node.Endpoint) error {
 			return differs("interface %s in the container lacks address %s", e.IfName, a)
 		}
 	}
+	// The kernel drops an interface's neighbour entries when its MAC address changes; until they are there again the gateway
+	// answers ARP.
+	same := l.Attrs().HardwareAddr.String() == e.MAC
 	for _, gw := range gateways(e.Addrs) {
-		if err := checkGateway(s.pod, l.Attrs().Index, gw); err != nil {
+		if err := checkGateway(s.pod, l.Attrs().Index, gw, same); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func checkGateway(h *netlink.Handle, index int, gw netip.Addr) error {
+func checkGateway(h *netlink.Handle, index int, gw netip.Addr, neighbour bool) error {
 	routes, err := nl.Dump(func() ([]netlink.Route, error) {
 		return h.RouteListFiltered(family(gw), &netlink.Route{LinkIndex: index}, netlink.RT_FILTER_OIF)
 	})
@@ -166,6 +169,9 @@ func checkGateway(h *netlink.Handle, index int, gw netip.Addr) error {
 		return r.Gw.Equal(net.IP(gw.AsSlice())) && (r.Dst == nil || r.Dst.IP.IsUnspecified())
 	}) {
 		return differs("the container has no default route by %s", gw)
+	}
+	if !neighbour {
+		return nil
 	}
 	neighbours, err := nl.Dump(func() ([]netlink.Neigh, error) { return h.NeighList(index, family(gw)) })
 	if err != nil {

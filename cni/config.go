@@ -147,8 +147,30 @@ func (f *truth) UnmarshalJSON(b []byte) error {
 	return nil
 }
 
-// ParseConfig reads a network configuration and validates what every command needs of it. The error is an *Error.
+// ParseConfig reads and validates a network configuration. The error is an *Error.
 func ParseConfig(data []byte) (*Config, error) {
+	c, err := parseForDel(data)
+	if err != nil {
+		return nil, err
+	}
+	if c.MTU != 0 && (c.MTU < 68 || c.MTU > 65535) {
+		return nil, fail(codeConfig, "mtu %d: not between 68 and 65535", c.MTU)
+	}
+	if c.ownIPAM() {
+		cfg, err := c.pools()
+		if err != nil {
+			return nil, err
+		}
+		if err := cfg.Validate(); err != nil {
+			return nil, fail(codeConfig, "ipam: %s", err)
+		}
+	}
+	return c, c.parsePrev()
+}
+
+// parseForDel reads a network configuration and validates no more of it than DEL needs, which goes by the record: what
+// was attached must be removable also when the configuration has been spoilt since.
+func parseForDel(data []byte) (*Config, error) {
 	c := &Config{raw: data}
 	if err := json.Unmarshal(data, c); err != nil {
 		return nil, decodeError(data, err)
@@ -165,9 +187,6 @@ func ParseConfig(data []byte) (*Config, error) {
 	if err := utils.ValidateNetworkName(c.Name); err != nil {
 		return nil, fail(codeConfig, "name %q: %s: it must begin with a letter or digit and hold only letters, digits, '_', '.' and '-'", c.Name, err.Msg)
 	}
-	if c.MTU != 0 && (c.MTU < 68 || c.MTU > 65535) {
-		return nil, fail(codeConfig, "mtu %d: not between 68 and 65535", c.MTU)
-	}
 	for _, d := range []struct {
 		key string
 		dir *string
@@ -180,16 +199,7 @@ func ParseConfig(data []byte) (*Config, error) {
 			return nil, fail(codeConfig, "%s %q: not an absolute path", d.key, *d.dir)
 		}
 	}
-	if c.ownIPAM() {
-		cfg, err := c.pools()
-		if err != nil {
-			return nil, err
-		}
-		if err := cfg.Validate(); err != nil {
-			return nil, fail(codeConfig, "ipam: %s", err)
-		}
-	}
-	return c, c.parsePrev()
+	return c, nil
 }
 
 func (c *Config) parsePrev() error {

@@ -59,7 +59,7 @@ func ParseEnv(getenv func(string) string) (*Env, error) {
 		bad = append(bad, "CNI_COMMAND "+quoted(e.Command)+" is none of ADD, DEL, CHECK, GC, STATUS, VERSION")
 	}
 	args, problem := parseArgs(getenv("CNI_ARGS"))
-	if problem != "" && e.Command != "VERSION" {
+	if problem != "" && e.Command != "VERSION" && e.Command != "DEL" {
 		bad = append(bad, "CNI_ARGS: "+problem)
 	}
 	e.Args = args

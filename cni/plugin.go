@@ -69,12 +69,8 @@ func newest() string {
 	return all[len(all)-1]
 }
 
-// dispatch reads parameters and configuration and runs the command. It returns the version to answer in.
+// dispatch reads configuration and parameters and runs the command. It returns the version to answer in.
 func (p *Plugin) dispatch(ctx context.Context, run func(context.Context, *Env, *Config) (any, error)) (any, string, error) {
-	env, err := ParseEnv(p.Getenv)
-	if err != nil {
-		return nil, "", err
-	}
 	data, err := io.ReadAll(io.LimitReader(p.Stdin, MaxConfig+1))
 	if err != nil {
 		return nil, "", fail(codeIO, "read configuration from stdin: %s", err)
@@ -82,21 +78,26 @@ func (p *Plugin) dispatch(ctx context.Context, run func(context.Context, *Env, *
 	if len(data) > MaxConfig {
 		return nil, "", fail(codeDecode, "configuration on stdin is larger than %d bytes", MaxConfig)
 	}
+	spoken := spokenVersion(data)
+	env, err := ParseEnv(p.Getenv)
+	if err != nil {
+		return nil, spoken, err
+	}
 	if env.Command == "VERSION" {
 		return versions(data)
 	}
-	c, err := ParseConfig(data)
-	spoken := ""
-	if c != nil {
-		spoken = c.CNIVersion
+	parse := ParseConfig
+	if env.Command == "DEL" {
+		parse = parseForDel
 	}
+	c, err := parse(data)
 	if err != nil {
 		return nil, spoken, err
 	}
 	if minimum := map[string]string{"CHECK": "0.4.0", "GC": "1.1.0", "STATUS": "1.1.0"}[env.Command]; minimum != "" && !c.atLeast(minimum) {
 		return nil, spoken, fail(codeVersion, "%s needs a configuration with cniVersion %s or later; this one has %s", env.Command, minimum, c.CNIVersion)
 	}
-	if err := p.openLog(c); err != nil {
+	if err := p.openLog(c); err != nil && env.Command != "DEL" {
 		return nil, spoken, err
 	}
 	begin := time.Now()
@@ -126,6 +127,17 @@ func (p *Plugin) run(ctx context.Context, env *Env, c *Config) (any, error) {
 	}
 }
 
+// spokenVersion is the version of a configuration that may be wrong otherwise, "" when it has none that is spoken.
+func spokenVersion(data []byte) string {
+	var c struct {
+		CNIVersion string `json:"cniVersion"`
+	}
+	if json.Unmarshal(data, &c) != nil || !supported(c.CNIVersion) {
+		return ""
+	}
+	return c.CNIVersion
+}
+
 // versions answers VERSION: the version of the question, and all that are spoken (specification section 3, VERSION).
 func versions(data []byte) (any, string, error) {
 	var q struct {
@@ -148,7 +160,7 @@ func versions(data []byte) (any, string, error) {
 // logLevels are Calico's words for them.
 var logLevels = map[string]slog.Level{
 	"debug": slog.LevelDebug, "info": slog.LevelInfo, "warning": slog.LevelWarn, "warn": slog.LevelWarn,
-	"error": slog.LevelError, "fatal": slog.LevelError,
+	"error": slog.LevelError, "fatal": slog.LevelError, "none": slog.LevelError,
 }
 
 func (p *Plugin) openLog(c *Config) error {

@@ -159,6 +159,9 @@ func setNeighbour(h *netlink.Handle, ifindex int, a netip.Addr, mac net.Hardware
 
 // blackhole routes a block of this node to nowhere, for the addresses that no pod holds.
 func blackhole(h *netlink.Handle, block netip.Prefix) error {
+	if block.IsSingleIP() {
+		return nil // its route is its pod's
+	}
 	r := &netlink.Route{Dst: network(block), Type: unix.RTN_BLACKHOLE, Protocol: RouteProtocol}
 	if err := h.RouteAdd(r); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("add blackhole route for %s: %w", block, err)
@@ -174,19 +177,19 @@ func randomMAC() net.HardwareAddr {
 	return m
 }
 
-// pathMTU is the MTU of the interface with the default route, 1500 when there is none.
+// beyond are addresses outside every pool (RFC 5737, RFC 3849): the route to them is the one to the outside.
+var beyond = []netip.Addr{netip.MustParseAddr("203.0.113.1"), netip.MustParseAddr("2001:db8:ffff:ffff::1")}
+
+// pathMTU is the MTU of the interface by which packets leave for the outside, 1500 when none does. It asks for one route,
+// not for all: a node has one for each pod.
 func pathMTU(h *netlink.Handle) int {
-	for _, f := range []int{unix.AF_INET, unix.AF_INET6} {
-		routes, err := nl.Dump(func() ([]netlink.Route, error) {
-			return h.RouteListFiltered(f, &netlink.Route{Table: unix.RT_TABLE_MAIN, Dst: nil}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_DST)
-		})
-		if err != nil {
+	for _, a := range beyond {
+		routes, err := h.RouteGet(a.AsSlice())
+		if err != nil || len(routes) == 0 || routes[0].Type != unix.RTN_UNICAST {
 			continue
 		}
-		for _, r := range routes {
-			if l, err := h.LinkByIndex(r.LinkIndex); err == nil && l.Attrs().MTU >= 68 {
-				return l.Attrs().MTU
-			}
+		if l, err := h.LinkByIndex(routes[0].LinkIndex); err == nil && l.Attrs().MTU >= 68 {
+			return l.Attrs().MTU
 		}
 	}
 	return 1500

@@ -115,7 +115,9 @@ func SetNode(m *maps.Maps, host []netip.Addr, blocks []netip.Prefix) error {
 		wanted[single(a)] = maps.RouteHost
 	}
 	for _, b := range blocks {
-		wanted[b.Masked()] = maps.RouteBlackhole
+		if !b.IsSingleIP() { // such a block's route is its pod's
+			wanted[b.Masked()] = maps.RouteBlackhole
+		}
 	}
 	missing := false
 	for p, kind := range wanted {
