@@ -2,7 +2,6 @@
 package api
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -36,19 +35,18 @@ var special = []netip.Prefix{
 
 // IPPool is a range that pods get their addresses from, block by block.
 type IPPool struct {
-	CIDR      netip.Prefix `json:"cidr"`
-	BlockSize int          `json:"blockSize,omitempty"` // prefix length of its blocks; 0: 26 for IPv4, 122 for IPv6
-	Disabled  bool         `json:"disabled,omitempty"`  // true: no new address comes out of it
+	CIDR         netip.Prefix `json:"cidr"`
+	BlockSize    int          `json:"blockSize,omitempty"`    // prefix length of its blocks; 0: 26 for IPv4, 122 for IPv6
+	Disabled     bool         `json:"disabled,omitempty"`     // true: no new address comes out of it
+	NATOutgoing  bool         `json:"natOutgoing,omitempty"`  // true: masquerade what leaves all pools
+	NodeSelector string       `json:"nodeSelector,omitempty"` // which nodes use it, in Calico's selector language; "": all
 }
 
-// ParseIPPool reads a pool from YAML or JSON and validates it.
+// ParseIPPool reads a pool from YAML or JSON and validates it. A key that it does not know is an error: a misspelt one
+// would change nothing, silently.
 func ParseIPPool(data []byte) (IPPool, error) {
 	var p IPPool
-	raw, err := yaml.YAMLToJSON(data)
-	if err == nil {
-		err = json.Unmarshal(raw, &p)
-	}
-	if err != nil {
+	if err := yaml.UnmarshalStrict(data, &p); err != nil {
 		return IPPool{}, fmt.Errorf("parse IPPool: %w: %w", ErrInvalid, err)
 	}
 	return p.Defaulted()

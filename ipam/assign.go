@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"strconv"
 	"strings"
 
 	"github.com/caracal-net/caracal/api"
@@ -216,13 +217,27 @@ func exhausted(pools []api.IPPool, blocks []node.Block, v6 bool) error {
 	if len(pools) == 0 {
 		return fmt.Errorf("%s: %w: no pool of that family is configured and enabled", family, ErrExhausted)
 	}
-	used := 0
-	for _, b := range blocks {
-		if _, ok := within(pools, b.CIDR.Addr()); ok {
-			used += b.Used
+	var usage []string
+	for _, p := range pools {
+		used := 0 // what is not held is reserved
+		for _, b := range blocks {
+			if p.CIDR.Contains(b.CIDR.Addr()) {
+				used += b.Used
+			}
 		}
+		usage = append(usage, fmt.Sprintf("%s (%d of %s addresses held)", p.CIDR, used, size(p.CIDR)))
 	}
-	return fmt.Errorf("%s: %w in %s: %d addresses are held; add a pool, or look for leaks with caracalctl ipam check", family, ErrExhausted, names(pools), used)
+	return fmt.Errorf("%s: %w in %s; add a pool, or look for leaks with caracalctl ipam check",
+		family, ErrExhausted, strings.Join(usage, ", "))
+}
+
+// size is a prefix's number of addresses in words.
+func size(p netip.Prefix) string {
+	bits := p.Addr().BitLen() - p.Bits()
+	if bits > 32 {
+		return fmt.Sprintf("2^%d", bits)
+	}
+	return strconv.FormatInt(1<<bits, 10)
 }
 
 func names(pools []api.IPPool) string {
