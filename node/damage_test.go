@@ -3,6 +3,7 @@ package node
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -13,8 +14,6 @@ import (
 	"path/filepath"
 	"slices"
 	"testing"
-
-	"encoding/binary"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
@@ -160,6 +159,65 @@ func TestDamagedFile(t *testing.T) {
 	}
 }
 
+// What garbage does not hit: pages that are well formed, and wrong.
+func TestCraftedPages(t *testing.T) {
+	dir, data := good(t, 100)
+	page, ne := os.Getpagesize(), binary.NativeEndian
+	branch := 0 // the endpoints' root
+	for at := 2 * page; at < len(data); at += page {
+		if ne.Uint16(data[at+8:]) == branchPage && int(ne.Uint64(data[at:])) == at/page {
+			branch = at
+		}
+	}
+	if branch == 0 {
+		t.Fatal("no branch page")
+	}
+	first, second := branch+pageHeader, branch+pageHeader+element
+	for name, change := range map[string]func([]byte){
+		"a child twice":       func(b []byte) { copy(b[second+8:second+16], b[first+8:first+16]) },
+		"itself as its child": func(b []byte) { ne.PutUint64(b[first+8:], uint64(branch/page)) },
+		"a head as its child": func(b []byte) { ne.PutUint64(b[first+8:], 1) },
+		"a child too far":     func(b []byte) { ne.PutUint64(b[first+8:], 1<<40) },
+		"no children":         func(b []byte) { ne.PutUint16(b[branch+10:], 0) },
+		"too many children":   func(b []byte) { ne.PutUint16(b[branch+10:], 0xffff) },
+		"a key too far":       func(b []byte) { ne.PutUint32(b[first:], 1<<31) },
+		"a key too long":      func(b []byte) { ne.PutUint32(b[first+4:], 1<<31) },
+		"keys out of order":   func(b []byte) { copy(b[second:second+8], b[first:first+8]) },
+		"a page too long":     func(b []byte) { ne.PutUint32(b[branch+12:], 1<<30) },
+		"a page over another": func(b []byte) { ne.PutUint32(b[branch+12:], uint32((len(b)-branch)/page/2)) },
+		"another type":        func(b []byte) { ne.PutUint16(b[branch+8:], leafPage) },
+		"another number":      func(b []byte) { ne.PutUint64(b[branch:], 2) },
+	} {
+		bad := slices.Clone(data)
+		change(bad)
+		if !damaged(t, dir, bad) {
+			t.Errorf("%s: was accepted", name)
+		}
+	}
+	for name, change := range map[string]func(head []byte){
+		"page size 0":        func(h []byte) { ne.PutUint32(h[8:], 0) },
+		"page size 3000":     func(h []byte) { ne.PutUint32(h[8:], 3000) },
+		"a free list":        func(h []byte) { ne.PutUint64(h[32:], 2) },
+		"too many pages":     func(h []byte) { ne.PutUint64(h[40:], 1<<50) },
+		"too few pages":      func(h []byte) { ne.PutUint64(h[40:], 3) },
+		"the last time":      func(h []byte) { ne.PutUint64(h[48:], ^uint64(0)) },
+		"a root too far":     func(h []byte) { ne.PutUint64(h[16:], 1<<50) },
+		"a root in the head": func(h []byte) { ne.PutUint64(h[16:], 0) },
+	} {
+		bad := slices.Clone(data)
+		for _, at := range []int{pageHeader, page + pageHeader} {
+			h := bad[at : at+metaSize]
+			change(h)
+			sum := fnv.New64a()
+			sum.Write(h[:metaSummed])
+			ne.PutUint64(h[metaSummed:], sum.Sum64())
+		}
+		if !damaged(t, dir, bad) {
+			t.Errorf("%s: was accepted", name)
+		}
+	}
+}
+
 // A broken head means that the last transaction may be missing. Within one boot its addresses are in use; after a
 // reboot they are not.
 func TestTornHead(t *testing.T) {
@@ -171,6 +229,11 @@ func TestTornHead(t *testing.T) {
 		write(t, filepath.Join(dir, "boot_id"), []byte("boot-1"))
 		if !damaged(t, dir, bad) {
 			t.Errorf("head %d: was accepted in the same boot", head)
+		}
+		for _, open := range []func(context.Context, string, Options) (*DB, error){OpenReadOnly, Open} {
+			if db, err := open(context.Background(), dir, Options{BootIDFile: filepath.Join(dir, "boot_id")}); !errors.Is(err, ErrCorrupt) {
+				t.Errorf("head %d: %v, %v", head, db, err)
+			}
 		}
 		write(t, filepath.Join(dir, "boot_id"), []byte("boot-2"))
 		opts := Options{BootIDFile: filepath.Join(dir, "boot_id")}

@@ -224,6 +224,48 @@ func TestUpdateIsAllOrNothing(t *testing.T) {
 	}
 }
 
+// Whatever a record says, an address that another attachment holds is never touched.
+func TestReleaseLeavesOthersAlone(t *testing.T) {
+	db := mustOpen(t, t.TempDir(), Options{})
+	defer closeDB(t, db)
+	err := db.Update(func(tx *Tx) error {
+		if err := errors.Join(tx.PutBlock(Block{CIDR: block.CIDR, Pool: block.Pool, Next: 2}),
+			tx.Hold(key(1), block.At(0), block.CIDR), tx.Hold(key(2), block.At(1), block.CIDR)); err != nil {
+			return err
+		}
+		if err := tx.Hold(key(3), block.At(1), block.CIDR); err == nil {
+			t.Error("an address was held twice")
+		}
+		claims := []Holding{{block.At(0), block.CIDR}, {block.At(1), block.CIDR}}
+		if err := put(tx, bucketHoldings, key(1).String(), claims); err != nil {
+			return err
+		}
+		if _, err := tx.Release(key(1)); err != nil {
+			return err
+		}
+		if owner, err := tx.Owner(block.At(1)); err != nil || owner != key(2) {
+			t.Errorf("its owner is %v, %v", owner, err)
+		}
+		if b, err := tx.Block(block.CIDR); err != nil || b.Used != 1 {
+			t.Errorf("%+v, %v", b, err)
+		}
+		for range 2 { // nothing held: no error
+			if got, err := tx.Release(key(1)); err != nil || len(got) > 0 {
+				t.Errorf("released %v, %v", got, err)
+			}
+		}
+		// A block that is gone does not keep DEL from ending.
+		if err := tx.bolt.Bucket(bucketBlocks).Delete([]byte(block.CIDR.String())); err != nil {
+			return err
+		}
+		_, err := tx.Release(key(2))
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestRebootReleasesEverything(t *testing.T) {
 	dir, boot := t.TempDir(), bootFile(t, "boot-1\n")
 	opts := Options{BootIDFile: boot}
