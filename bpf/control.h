@@ -100,8 +100,7 @@ static __noinline int advertise(struct __sk_buff *ctx, struct pod *pod, __u8 *as
 	// Pseudo-header (RFC 8200 section 8.1) and message: both addresses and the 32 bytes of payload lie together.
 	sum = bpf_csum_diff(NULL, 0, (__be32 *)&n.ip.saddr, 64, bpf_htonl(32 + PROTO_ICMPV6));
 	n.check = fold(sum);
-	if (bpf_skb_change_tail(ctx, ETH_HLEN + sizeof(n), 0) ||
-	    bpf_skb_store_bytes(ctx, 0, frame, sizeof(frame), 0) ||
+	if (bpf_skb_change_tail(ctx, ETH_HLEN + sizeof(n), 0) || bpf_skb_store_bytes(ctx, 0, frame, sizeof(frame), 0) ||
 	    bpf_skb_store_bytes(ctx, ETH_HLEN, &n, sizeof(n), BPF_F_INVALIDATE_HASH))
 		return DROP_REWRITE;
 	return ANSWER_ND;

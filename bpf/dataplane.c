@@ -212,7 +212,7 @@ int purge(struct purge_args *args)
 	struct state *s = node_state();
 
 	a.now = bpf_ktime_get_ns(); // the same clock, finer
-	if (!s || s->flows) // flows are counted before they enter; walking the empty table takes milliseconds
+	if (!s || s->flows)         // flows are counted before they enter; walking the empty table takes milliseconds
 		bpf_for_each_map_elem(&caracal_flows, purge_flow, &a, 0);
 	bpf_for_each_map_elem(&caracal_opens, purge_open, &a, 0);
 	args->removed = a.removed;

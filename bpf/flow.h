@@ -2,8 +2,8 @@
 #pragma once
 #include "state.h"
 
-#define SLOT_TRIES 32             // places of caracal_slots that one insert looks at
-#define FRESH (5 * SECOND)        // a leg seen so recently belongs to a flow that no timeout has ended
+#define SLOT_TRIES 32      // places of caracal_slots that one insert looks at
+#define FRESH (5 * SECOND) // a leg seen so recently belongs to a flow that no timeout has ended
 
 static __always_inline __u64 timeout(const struct flow_key *k, const struct flow *f)
 {
@@ -16,8 +16,10 @@ static __always_inline __u64 timeout(const struct flow_key *k, const struct flow
 	case FLOW_CLOSED:
 		return timeout_closed;
 	default:
-		return k->protocol == PROTO_TCP ? timeout_tcp : k->protocol == PROTO_UDP ? timeout_udp :
-		       k->protocol == PROTO_SCTP ? timeout_sctp : timeout_icmp;
+		return k->protocol == PROTO_TCP    ? timeout_tcp
+		       : k->protocol == PROTO_UDP  ? timeout_udp
+		       : k->protocol == PROTO_SCTP ? timeout_sctp
+						   : timeout_icmp;
 	}
 }
 

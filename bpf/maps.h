@@ -61,9 +61,9 @@ struct route_key {
 struct route {
 	enum route_kind kind;
 	__u8 flags;
-	__u16 mtu;           // bytes of IP packet; 0: the interface's
-	__u32 ifindex;       // out of which; 0: none
-	__u8 next_hop[16];   // :: where there is none
+	__u16 mtu;         // bytes of IP packet; 0: the interface's
+	__u32 ifindex;     // out of which; 0: none
+	__u8 next_hop[16]; // :: where there is none
 };
 
 // caracal_routes: prefix -> how it is reached. No match means ROUTE_STACK.
@@ -88,11 +88,11 @@ struct flow_key {
 
 enum PACKED forward {
 	FORWARD_UNSET = 0,
-	FORWARD_TO_POD,      // redirect_peer to ifindex
-	FORWARD_TO_STACK,    // the host's stack, not judged for what comes after it
-	FORWARD_SHAPED,      // the host's stack, judged for both ends
-	FORWARD_REPLY,       // the host's stack, through which the flow was opened
-	FORWARD_DELIVER,     // to_pod: on to the pod
+	FORWARD_TO_POD,   // redirect_peer to ifindex
+	FORWARD_TO_STACK, // the host's stack, not judged for what comes after it
+	FORWARD_SHAPED,   // the host's stack, judged for both ends
+	FORWARD_REPLY,    // the host's stack, through which the flow was opened
+	FORWARD_DELIVER,  // to_pod: on to the pod
 };
 
 // Where a packet goes next. The first eight bytes are read and written as one word.
@@ -111,8 +111,8 @@ struct flow_leg {
 	__u32 epoch;      // in which it was judged; 0: never. Written last.
 	__u32 ifindex_in; // by which its packets come; 0: out of the host's stack
 	struct next_hop to;
-	__u64 packets; // wire segments; approximate
-	__u64 bytes;   // of frames; approximate
+	__u64 packets;   // wire segments; approximate
+	__u64 bytes;     // of frames; approximate
 	__u64 last_seen; // CLOCK_MONOTONIC_COARSE, ns
 	__u64 bound;     // what of its key `to` was made for, see bound()
 };
@@ -136,15 +136,15 @@ enum PACKED flow_state {
 #define SEEN_FIN 1
 
 struct flow {
-	__u64 opened;         // CLOCK_MONOTONIC_COARSE, ns
-	__u32 rule_egress;    // rule that allowed it at the opener; 0: no policy applied
-	__u32 rule_ingress;   // rule that allowed it at the responder; 0: no policy applied
-	__u32 charged;        // ifindex of the pod whose quota it counts against
-	__u32 slot;           // its place in caracal_slots
+	__u64 opened;       // CLOCK_MONOTONIC_COARSE, ns
+	__u32 rule_egress;  // rule that allowed it at the opener; 0: no policy applied
+	__u32 rule_ingress; // rule that allowed it at the responder; 0: no policy applied
+	__u32 charged;      // ifindex of the pod whose quota it counts against
+	__u32 slot;         // its place in caracal_slots
 	enum flow_entry entered;
 	enum flow_state state;
-	__u8 opener;          // 0: side a opened it, 1: side b
-	__u8 seen[2];         // SEEN_* of side a and b
+	__u8 opener;  // 0: side a opened it, 1: side b
+	__u8 seen[2]; // SEEN_* of side a and b
 	__u8 pad[11];
 	struct flow_leg leg[2]; // packets from side a, packets from side b
 };
@@ -222,24 +222,26 @@ struct count {
 	__u64 bytes;   // of frames; exact
 };
 
+#define COUNTS (HOOK_COUNT * VERDICT_SPACE)
+
 // caracal_counts: hook * 64 + verdict -> how many packets left the pipeline so. Every packet is counted once at each hook.
 // Writer: all hooks. Reader: caracalctl counters.
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, HOOK_COUNT * VERDICT_SPACE);
+	__uint(max_entries, COUNTS);
 	__type(key, __u32);
 	__type(value, struct count);
 } caracal_counts SEC(".maps");
 
 struct state {
-	__u32 epoch;      // raised by every change; its lowest bit selects the slot in force. Never 0.
-	__u32 version;    // SCHEMA_VERSION
-	__u32 max_flows;  // places in caracal_slots
-	__u32 flows;      // confirmed flows now
-	__u32 hand;       // next place of caracal_slots to look at
+	__u32 epoch;     // raised by every change; its lowest bit selects the slot in force. Never 0.
+	__u32 version;   // SCHEMA_VERSION
+	__u32 max_flows; // places in caracal_slots
+	__u32 flows;     // confirmed flows now
+	__u32 hand;      // next place of caracal_slots to look at
 	__u32 pad;
-	__u8 node[32];    // the node's name, zero-terminated
-	__u8 build[8];    // which build of the programs is loaded
+	__u8 node[32]; // the node's name, zero-terminated
+	__u8 build[8]; // which build of the programs is loaded
 };
 
 // caracal_state: one entry, also mapped into user space.

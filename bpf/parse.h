@@ -32,16 +32,16 @@
 
 #define SCTP_INIT 1 // chunk type, RFC 9260 section 3.2
 
-#define EXTENSIONS 6 // IPv6 extension headers that are followed
+#define EXTENSIONS 6          // IPv6 extension headers that are followed
 #define V4_WORD 0xffff0000ULL // second 32-bit word of a v4-mapped address, in the low half of its second 64-bit word
 
 // What parsing found out that the common packet does not have.
-#define PKT_OPTIONS 1        // IPv4 options or IPv6 hop-by-hop options
+#define PKT_OPTIONS 1 // IPv4 options or IPv6 hop-by-hop options
 #define PKT_FIRST_FRAGMENT 2
 #define PKT_LATER_FRAGMENT 4
-#define PKT_ICMP_ERROR 8     // an ICMP error that quotes a packet
-#define PKT_ND 16            // IPv6 neighbour discovery or MLD
-#define PKT_NO_PORTS 32      // a protocol whose ports are not known
+#define PKT_ICMP_ERROR 8 // an ICMP error that quotes a packet
+#define PKT_ND 16        // IPv6 neighbour discovery or MLD
+#define PKT_NO_PORTS 32  // a protocol whose ports are not known
 #define PKT_ICMP_REDIRECT 64
 
 // A parsed packet. Fields before `to` are set by parse() and stay; later ones say who sets them.
@@ -49,23 +49,29 @@ struct packet {
 	struct flow_key key; // sorted; ports 0 until the fragment stage for later fragments
 	__u32 l3_len;        // bytes of IP packet
 	__u32 fragment_id;
-	__u16 l4_offset;     // from the start of the frame
-	__u8 side;           // 0: the source is address_a, 1: it is address_b
+	__u16 l4_offset; // from the start of the frame
+	__u8 side;       // 0: the source is address_a, 1: it is address_b
 	__u8 is_v6;
 	__u8 ttl;
-	__u8 flags;          // PKT_*
+	__u8 flags; // PKT_*
 	__u8 tcp_flags;
 	__u8 icmp_type;
 	__u8 icmp_code;
 	__u8 sctp_chunk;
-	__u8 hook;           // enum hook, set by the entry
-	__u8 mark;           // set by forward: tell to_pod that both ends were judged
-	__u32 epoch;         // read once, before any map lookup
-	struct next_hop to;  // set by the leg or by the route stage
+	__u8 hook;          // enum hook, set by the entry
+	__u8 mark;          // set by forward: tell to_pod that both ends were judged
+	__u32 epoch;        // read once, before any map lookup
+	struct next_hop to; // set by the leg or by the route stage
 };
 
-static __always_inline __u64 *words(__u8 *address) { return (__u64 *)address; }
-static __always_inline const __u64 *cwords(const __u8 *address) { return (const __u64 *)address; }
+static __always_inline __u64 *words(__u8 *address)
+{
+	return (__u64 *)address;
+}
+static __always_inline const __u64 *cwords(const __u8 *address)
+{
+	return (const __u64 *)address;
+}
 
 static __always_inline const __u8 *source(const struct packet *p)
 {
@@ -108,7 +114,10 @@ static __always_inline void tuple(struct packet *p, __u64 src_hi, __u64 src_lo, 
 	}
 }
 
-static __always_inline __u64 v4_low(__be32 address) { return V4_WORD | (__u64)address << 32; }
+static __always_inline __u64 v4_low(__be32 address)
+{
+	return V4_WORD | (__u64)address << 32;
+}
 
 // icmp sets what an ICMP message is. The identifier takes the place of both ports, so that a request and its reply
 // are one flow.
@@ -156,9 +165,9 @@ static __noinline int transport(struct __sk_buff *ctx, struct packet *p, __be16 
 		return DROP_TINY_FRAGMENT;
 	if (left < need || ETH_HLEN + p->l3_len < p->l4_offset)
 		return DROP_MALFORMED_L4;
-	if (need == 20 ? bpf_skb_load_bytes(ctx, p->l4_offset, h, 20)
-		       : need == 16 ? bpf_skb_load_bytes(ctx, p->l4_offset, h, 16)
-				    : bpf_skb_load_bytes(ctx, p->l4_offset, h, 8))
+	if (need == 20   ? bpf_skb_load_bytes(ctx, p->l4_offset, h, 20)
+	    : need == 16 ? bpf_skb_load_bytes(ctx, p->l4_offset, h, 16)
+			 : bpf_skb_load_bytes(ctx, p->l4_offset, h, 8))
 		return DROP_MALFORMED_L4;
 	*sport = *(__be16 *)&h[0];
 	*dport = *(__be16 *)&h[2];
@@ -264,8 +273,12 @@ static __noinline int fragment_ports(struct __sk_buff *ctx, struct packet *p, co
 }
 
 // Source and destination, and the ports of a packet while it is parsed.
-struct ends { __u64 address[4]; };
-struct ports { __be16 port[2]; };
+struct ends {
+	__u64 address[4];
+};
+struct ports {
+	__be16 port[2];
+};
 
 // uncommon parses what the straight path of parse() does not: IPv4 options, IPv6 extension headers, fragments and
 // every transport protocol but whole TCP and UDP.
@@ -292,7 +305,8 @@ __noinline int uncommon(struct __sk_buff *ctx, struct packet *p, const struct en
 static __always_inline void whole(struct __sk_buff *ctx)
 {
 	__u32 linear = ctx->data_end - ctx->data;
-	__u32 need = ETH_HLEN + 8 + (ctx->protocol == bpf_htons(ETH_P_IPV6) ? sizeof(struct ipv6hdr) : sizeof(struct iphdr));
+	__u32 need =
+	    ETH_HLEN + 8 + (ctx->protocol == bpf_htons(ETH_P_IPV6) ? sizeof(struct ipv6hdr) : sizeof(struct iphdr));
 
 	if (unlikely(linear < need && ctx->len > linear))
 		bpf_skb_pull_data(ctx, ctx->len < need ? ctx->len : need);
@@ -372,8 +386,9 @@ static __always_inline int parse(struct __sk_buff *ctx, struct packet *p)
 		p->l4_offset = ETH_HLEN + sizeof(*ip);
 		straight = true;
 	} else {
-		return type == bpf_htons(ETH_P_ARP) ? STACK_ARP :
-		       type == bpf_htons(ETH_P_8021Q) || type == bpf_htons(ETH_P_8021AD) ? DROP_VLAN : DROP_ETHERTYPE;
+		return type == bpf_htons(ETH_P_ARP)                                        ? STACK_ARP
+		       : type == bpf_htons(ETH_P_8021Q) || type == bpf_htons(ETH_P_8021AD) ? DROP_VLAN
+											   : DROP_ETHERTYPE;
 	}
 
 	// The constant offsets let the verifier see the bounds.

@@ -24,4 +24,7 @@ static __always_inline struct state *node_state(void)
 	return bpf_map_lookup_elem(&caracal_state, &zero);
 }
 
-static __always_inline __u64 now(void) { return bpf_ktime_get_coarse_ns(); }
+static __always_inline __u64 now(void)
+{
+	return bpf_ktime_get_coarse_ns();
+}

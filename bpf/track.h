@@ -154,8 +154,7 @@ static __noinline int related(struct __sk_buff *ctx, struct packet *p, struct or
 	} else {
 		struct iphdr ip;
 
-		if (bpf_skb_load_bytes(ctx, at, &ip, sizeof(ip)) || ip.ihl < 5 ||
-		    ip.frag_off & bpf_htons(0x1fff))
+		if (bpf_skb_load_bytes(ctx, at, &ip, sizeof(ip)) || ip.ihl < 5 || ip.frag_off & bpf_htons(0x1fff))
 			return DROP_ICMP_ERROR;
 		q.key.protocol = ip.protocol;
 		address[1] = v4_low(ip.saddr);

@@ -50,7 +50,7 @@ enum verdict {
 #define X(name, sentence) name,
 	VERDICTS(X)
 #undef X
-	VERDICT_COUNT,
+	    VERDICT_COUNT,
 };
 
 // Where a packet was seen. Append-only.
@@ -62,7 +62,7 @@ enum hook {
 #define X(name, sentence) name,
 	HOOKS(X)
 #undef X
-	HOOK_COUNT,
+	    HOOK_COUNT,
 };
 
 #define VERDICT_SPACE 64 // verdicts a hook has room for in caracal_counts
