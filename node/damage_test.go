@@ -173,6 +173,8 @@ func TestCraftedPages(t *testing.T) {
 		t.Fatal("no branch page")
 	}
 	first, second := branch+pageHeader, branch+pageHeader+element
+	low, high := int(ne.Uint64(data[first+8:])), int(ne.Uint64(data[second+8:]))
+	low, high = min(low, high), max(low, high)
 	for name, change := range map[string]func([]byte){
 		"a child twice":       func(b []byte) { copy(b[second+8:second+16], b[first+8:first+16]) },
 		"itself as its child": func(b []byte) { ne.PutUint64(b[first+8:], uint64(branch/page)) },
@@ -184,9 +186,14 @@ func TestCraftedPages(t *testing.T) {
 		"a key too long":      func(b []byte) { ne.PutUint32(b[first+4:], 1<<31) },
 		"keys out of order":   func(b []byte) { copy(b[second:second+8], b[first:first+8]) },
 		"a page too long":     func(b []byte) { ne.PutUint32(b[branch+12:], 1<<30) },
-		"a page over another": func(b []byte) { ne.PutUint32(b[branch+12:], uint32((len(b)-branch)/page/2)) },
-		"another type":        func(b []byte) { ne.PutUint16(b[branch+8:], leafPage) },
-		"another number":      func(b []byte) { ne.PutUint64(b[branch:], 2) },
+		"a page over another": func(b []byte) { ne.PutUint32(b[low*page+12:], uint32(high-low)) },
+		"a key out of its page's range": func(b []byte) {
+			child := b[ne.Uint64(b[first+8:])*uint64(page):]
+			last := child[pageHeader+element*(int(ne.Uint16(child[10:]))-1):]
+			last[ne.Uint32(last[4:])] = 0xff
+		},
+		"another type":   func(b []byte) { ne.PutUint16(b[branch+8:], leafPage) },
+		"another number": func(b []byte) { ne.PutUint64(b[branch:], 2) },
 	} {
 		bad := slices.Clone(data)
 		change(bad)
