@@ -4,6 +4,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -120,7 +122,10 @@ func (tx *Tx) releaseAll() error {
 			return err
 		}
 	}
-	for _, b := range [][]byte{bucketEndpoints, bucketHostIfs} {
+	if err := tx.disown(); err != nil {
+		return err
+	}
+	for _, b := range [][]byte{bucketEndpoints, bucketHostIfs, bucketOwners} {
 		if err := tx.bolt.DeleteBucket(b); err != nil {
 			return err
 		}
@@ -129,4 +134,39 @@ func (tx *Tx) releaseAll() error {
 		}
 	}
 	return nil
+}
+
+// disown frees what is still said to be held when all is released: nobody is left to release it.
+func (tx *Tx) disown() error {
+	blocks, err := tx.Blocks()
+	if err != nil {
+		return err
+	}
+	for _, b := range blocks {
+		if b.Used != 0 {
+			b.Used = 0
+			if err := tx.PutBlock(b); err != nil {
+				return err
+			}
+		}
+	}
+	var lost []netip.Addr
+	err = each(tx, bucketOwners, func(k, _ []byte) error {
+		a, err := netip.ParseAddr(string(k))
+		if err == nil && slices.ContainsFunc(blocks, func(b Block) bool { return b.CIDR.Contains(a) }) {
+			lost = append(lost, a)
+		}
+		return nil
+	})
+	if err != nil || len(lost) == 0 {
+		return err
+	}
+	err = tx.Freed(func(a netip.Addr) error {
+		lost = slices.DeleteFunc(lost, func(l netip.Addr) bool { return l == a })
+		return nil
+	})
+	for _, a := range lost {
+		err = errors.Join(err, tx.Free(a))
+	}
+	return err
 }
