@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -40,7 +41,7 @@ func (p *Plugin) add(ctx context.Context, env *Env, c *Config) (any, error) {
 		}
 		return nil, err
 	}
-	if a.mode == loader.Quick && p.Spawn != nil {
+	if p.Spawn != nil && !settling(c.StateDir) {
 		if err := p.Spawn("settle", "--state-dir", c.StateDir, "--bpffs-dir", c.BPFFSDir, "--boot-id-file", c.BootIDFile); err != nil {
 			p.log.Warn("start settling", "error", err) // the pod works as it is
 		}
@@ -97,16 +98,17 @@ func (a *adding) validate() (err error) {
 	if err := a.openNamespace(); err != nil {
 		return err
 	}
-	if _, err := a.sides.pod.LinkByName(a.env.IfName); err == nil {
-		return fail(codeConflict, "interface %s exists in %s already", a.env.IfName, a.env.Netns)
-	} else if !nl.IsNotFound(err) {
-		return fmt.Errorf("look for %s in the pod: %w", a.env.IfName, err)
+	if err := a.vacant(); err != nil {
+		return err
 	}
 	mtu := a.c.MTU
 	if mtu == 0 {
 		mtu = pathMTU(a.sides.host)
 	}
 	a.veth = &veth{hostName: HostIfName(a.env, a.c.Name), podName: a.env.IfName, mac: mac, mtu: mtu}
+	for _, p := range a.pools.Pools {
+		a.veth.pools = append(a.veth.pools, p.CIDR)
+	}
 	if a.c.shaped() {
 		a.mode = loader.TCX // the bandwidth plugin needs the place that clsact takes
 		if !loader.HasTCX() {
@@ -114,6 +116,46 @@ func (a *adding) validate() (err error) {
 		}
 	}
 	return prepareBPFFS(a.c.BPFFSDir)
+}
+
+// vacant makes sure that the container has no interface of the requested name, other than what an ADD or a DEL of this very
+// attachment left that was killed on its way: a pair that our record names and that is down, or not in the maps.
+func (a *adding) vacant() error {
+	l, err := a.sides.pod.LinkByName(a.env.IfName)
+	if nl.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("look for %s in the pod: %w", a.env.IfName, err)
+	}
+	exists := fail(codeConflict, "interface %s exists in %s already", a.env.IfName, a.env.Netns)
+	var e node.Endpoint
+	err = a.read(context.Background(), a.c, func(tx *node.Tx) (err error) {
+		e, err = tx.Endpoint(a.key)
+		return err
+	})
+	if err != nil {
+		return exists
+	}
+	host, err := a.sides.host.LinkByName(e.HostIfName)
+	if err != nil || l.Type() != "veth" || l.Attrs().ParentIndex != host.Attrs().Index || host.Attrs().ParentIndex != l.Attrs().Index {
+		return exists
+	}
+	if l.Attrs().Flags&net.FlagUp == 0 {
+		return nil
+	}
+	m, err := maps.Open(a.c.BPFFSDir)
+	if errors.Is(err, maps.ErrNotLoaded) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer m.Close()
+	if _, err := m.Pod(uint32(host.Attrs().Index)); !errors.Is(err, maps.ErrNotFound) {
+		return exists
+	}
+	return nil
 }
 
 func (a *adding) openNamespace() error {
@@ -174,17 +216,17 @@ func (a *adding) make(ctx context.Context) error {
 		run  func(context.Context) error
 	}{
 		{"load", a.load},
-		{"predecessor", a.removePredecessor},
+		{"predecessor", a.removePredecessors},
 		{"address", a.foreignAddress},
 		{"record", a.recordAll},
 		{"sysctl", func(context.Context) error { return writeSysctls(a.sysctls) }},
-		{"veth", a.createVeth},
+		{"veth", func(context.Context) error { return a.veth.create(a.sides) }},
 		{"attach", func(context.Context) error {
 			return loader.Attach(a.c.BPFFSDir, a.veth.hostName, a.veth.hostIndex, a.mode)
 		}},
 		{"host", a.configureHost},
+		{"commit", a.commit}, // before the pod's end is up, so that what it sends first is not a stranger's
 		{"pod", func(context.Context) error { return a.veth.configurePod(a.sides) }},
-		{"commit", a.commit},
 		{"answer", func(context.Context) error { return nil }},
 	} {
 		if err := a.step(s.name); err != nil {
@@ -207,27 +249,47 @@ func (a *adding) load(context.Context) error {
 	return loader.Ensure(loader.Config{Dir: a.c.BPFFSDir, MaxFlows: a.c.MaxFlows, NodeID: id[:min(len(id), 31)]})
 }
 
-// removePredecessor removes what an earlier attachment of the same name, or of the same workload, left: a runtime that adds
-// again has given the earlier one up.
-func (a *adding) removePredecessor(ctx context.Context) error {
-	var old []node.Endpoint
-	err := a.read(ctx, func(tx *node.Tx) error {
-		for _, find := range []func() (node.Endpoint, error){
-			func() (node.Endpoint, error) { return tx.Endpoint(a.key) },
-			func() (node.Endpoint, error) { return tx.EndpointByHostIfName(a.veth.hostName) },
-		} {
-			e, err := find()
-			if err == nil && (len(old) == 0 || old[0].Key != e.Key) {
-				old = append(old, e)
-			} else if err != nil && !errors.Is(err, node.ErrNotFound) {
-				return err
-			}
-		}
+// removePredecessors removes what an earlier attachment of the same name, or of the same workload, left: a runtime that
+// adds again has given the earlier one up. With our own IPAM the recording transaction looks for them. A foreign plugin
+// must have let go of the address before it is asked for one.
+func (a *adding) removePredecessors(ctx context.Context) error {
+	if a.c.ownIPAM() {
 		return nil
+	}
+	var old []node.Endpoint
+	err := a.read(ctx, a.c, func(tx *node.Tx) (err error) {
+		old, err = a.predecessors(tx)
+		return err
 	})
+	if errors.Is(err, node.ErrNoDatabase) {
+		return nil
+	}
 	if err != nil {
 		return err
 	}
+	if err := a.removeAll(ctx, old); err != nil || !slices.ContainsFunc(old, func(e node.Endpoint) bool { return e.Key == a.key }) {
+		return err
+	}
+	return a.foreignRelease(ctx, a.c)
+}
+
+func (a *adding) predecessors(tx *node.Tx) ([]node.Endpoint, error) {
+	var old []node.Endpoint
+	for _, find := range []func() (node.Endpoint, error){
+		func() (node.Endpoint, error) { return tx.Endpoint(a.key) },
+		func() (node.Endpoint, error) { return tx.EndpointByHostIfName(a.veth.hostName) },
+	} {
+		e, err := find()
+		if err == nil && (len(old) == 0 || old[0].Key != e.Key) {
+			old = append(old, e)
+		} else if err != nil && !errors.Is(err, node.ErrNotFound) {
+			return nil, err
+		}
+	}
+	return old, nil
+}
+
+func (a *adding) removeAll(ctx context.Context, old []node.Endpoint) error {
 	for _, e := range old {
 		a.log.Info("remove predecessor", "endpoint", e.Key.String(), "interface", e.HostIfName)
 		if err := a.teardown(ctx, a.c, e.Key); err != nil {
@@ -237,30 +299,53 @@ func (a *adding) removePredecessor(ctx context.Context) error {
 	return nil
 }
 
-// read looks into the database as it is after this boot: opening it for writing releases what earlier boots left.
-func (a *adding) read(ctx context.Context, fn func(*node.Tx) error) error {
-	db, err := node.Open(ctx, a.c.StateDir, a.c.nodeOptions())
+// read looks into the database beside other readers.
+func (p *Plugin) read(ctx context.Context, c *Config, fn func(*node.Tx) error) error {
+	db, err := node.OpenReadOnly(ctx, c.StateDir, c.nodeOptions())
 	if err != nil {
 		return err
 	}
 	return errors.Join(db.View(fn), db.Close())
 }
 
-// recordAll is the one transaction: addresses and record.
+// rivals is how often ADD gives way to another ADD for the same workload before it gives up.
+const rivals = 8
+
+// recordAll makes the record, once no earlier attachment stands in its way.
 func (a *adding) recordAll(ctx context.Context) (err error) {
-	if a.sysctls, err = forwarding(true); err != nil {
+	if a.sysctls, err = forwarding(hasV6(a.veth.addrs) || a.c.ownIPAM()); err != nil {
 		return err
 	}
+	for range rivals {
+		old, err := a.recordOnce(ctx)
+		if err != nil || len(old) == 0 {
+			return err
+		}
+		if err := a.removeAll(ctx, old); err != nil {
+			return err
+		}
+	}
+	return fail(codeTryAgain, "another attachment of the workload behind %s is being added", a.veth.hostName)
+}
+
+// recordOnce is the one transaction: addresses and record; or it finds predecessors and changes nothing.
+func (a *adding) recordOnce(ctx context.Context) (old []node.Endpoint, err error) {
 	db, err := node.Open(ctx, a.c.StateDir, a.c.nodeOptions())
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer db.Close()
 	inode, err := a.ns.Inode()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	return db.Update(func(tx *node.Tx) error {
+	err = db.Update(func(tx *node.Tx) error {
+		if old, err = a.predecessors(tx); err != nil || len(old) > 0 {
+			return err
+		}
+		if err := a.freeName(); err != nil {
+			return err
+		}
 		if a.c.ownIPAM() {
 			v4, v6 := a.c.families(a.pools)
 			addrs, err := ipam.Assign(tx, a.pools, ipam.Request{Key: a.key, Want: a.want, V4: v4, V6: v6})
@@ -298,28 +383,26 @@ func (a *adding) recordAll(ctx context.Context) (err error) {
 		a.recorded = true // whatever becomes of the transaction
 		return tx.PutEndpoint(a.record)
 	})
+	return old, err
 }
 
-func (a *adding) createVeth(context.Context) error {
-	err := a.veth.create(a.sides)
-	if !errors.Is(err, unix.EEXIST) {
-		return err
+// freeName makes sure that no interface without a record has the host end's name: a record would make it ours to remove.
+// One that carries our programs was left by a node whose database was lost; the pins are the authority, and it goes.
+func (a *adding) freeName() error {
+	old, err := a.sides.host.LinkByName(a.veth.hostName)
+	if nl.IsNotFound(err) {
+		return nil
 	}
-	// Ours, left by a node whose database was lost? The pins and maps are the authority.
-	old, lerr := a.sides.host.LinkByName(a.veth.hostName)
-	if lerr != nil || !known(a.c.BPFFSDir, a.veth.hostName, old.Attrs().Index) {
+	if err != nil {
+		return fmt.Errorf("look for %s: %w", a.veth.hostName, err)
+	}
+	if _, err := loader.Attached(a.c.BPFFSDir, a.veth.hostName, old.Attrs().Index); err != nil {
 		return fail(codeConflict, "interface %s exists on the host and is not Caracal's; remove it (ip link del %s)", a.veth.hostName, a.veth.hostName)
 	}
 	if err := a.sides.host.LinkDel(old); err != nil {
 		return fmt.Errorf("remove stale %s: %w", a.veth.hostName, err)
 	}
-	return a.veth.create(a.sides)
-}
-
-// known tells whether an interface carries this node's programs.
-func known(dir, ifname string, ifindex int) bool {
-	_, err := loader.Attached(dir, ifname, ifindex)
-	return err == nil
+	return nil
 }
 
 func (a *adding) configureHost(context.Context) error {
@@ -351,7 +434,7 @@ func (a *adding) commit(ctx context.Context) error {
 	}
 	defer lock.Unlock()
 	var blocks []netip.Prefix
-	err = a.read(ctx, func(tx *node.Tx) error {
+	err = a.read(ctx, a.c, func(tx *node.Tx) error {
 		e, err := tx.Endpoint(a.key)
 		if err != nil || e.MAC != a.record.MAC {
 			return fail(codeTryAgain, "%s was removed while it was added", a.key)
@@ -384,10 +467,29 @@ func podOf(e node.Endpoint, hostIndex int) commit.Pod {
 func (a *adding) undo(ctx context.Context) error {
 	var errs []error
 	if a.recorded {
-		errs = append(errs, a.teardown(ctx, a.c, a.key))
+		errs = append(errs, a.teardown(ctx, a.c, a.key), a.removeOrphan())
 	}
 	if a.foreign {
 		errs = append(errs, a.foreignRelease(ctx, a.c))
 	}
 	return errors.Join(errs...)
+}
+
+// removeOrphan removes our pair when the record is gone already: a DEL, or a successor, came while it was made. As long as
+// the interface is there nobody else has its name, and the pins under the name are ours.
+func (a *adding) removeOrphan() error {
+	if a.veth.hostIndex == 0 {
+		return nil
+	}
+	l, err := a.sides.host.LinkByIndex(a.veth.hostIndex)
+	if nl.IsNotFound(err) || err == nil && l.Attrs().Name != a.veth.hostName {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("look for %s: %w", a.veth.hostName, err)
+	}
+	if err := loader.Detach(a.c.BPFFSDir, a.veth.hostName); err != nil {
+		return err
+	}
+	return a.removeVeth(a.veth.hostIndex, a.veth.addrs)
 }

@@ -158,16 +158,19 @@ func checkPod(s *sides, e node.Endpoint) error {
 	return nil
 }
 
+// checkGateway wants a route to the gateway by this interface, and a default route by it from some interface of the pod:
+// the first one has it.
 func checkGateway(h *netlink.Handle, index int, gw netip.Addr, neighbour bool) error {
-	routes, err := nl.Dump(func() ([]netlink.Route, error) {
-		return h.RouteListFiltered(family(gw), &netlink.Route{LinkIndex: index}, netlink.RT_FILTER_OIF)
-	})
+	routes, err := nl.Dump(func() ([]netlink.Route, error) { return h.RouteList(nil, family(gw)) })
 	if err != nil {
 		return fmt.Errorf("list routes in the container: %w", err)
 	}
 	if !slices.ContainsFunc(routes, func(r netlink.Route) bool {
-		return r.Gw.Equal(net.IP(gw.AsSlice())) && (r.Dst == nil || r.Dst.IP.IsUnspecified())
+		return r.LinkIndex == index && r.Dst != nil && r.Dst.IP.Equal(net.IP(gw.AsSlice()))
 	}) {
+		return differs("the container has no route to %s by this interface", gw)
+	}
+	if !slices.ContainsFunc(routes, isDefault) {
 		return differs("the container has no default route by %s", gw)
 	}
 	if !neighbour {

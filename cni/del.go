@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -35,32 +36,37 @@ func (p *Plugin) del(ctx context.Context, env *Env, c *Config) error {
 // The record and the interface that it names are looked at under one lock, and the record goes under the same lock: so
 // a late DEL never meets the interface that a successor made under the name.
 func (p *Plugin) teardown(ctx context.Context, c *Config, key node.Key) error {
-	if err := p.step("unmap"); err != nil {
-		return err
-	}
-	e, ifindex, err := p.unmap(ctx, c, key)
-	if errors.Is(err, node.ErrNotFound) || errors.Is(err, node.ErrNoDatabase) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	if err := p.step("unlink"); err != nil {
-		return err
-	}
-	if ifindex != 0 {
-		if err := p.removeVeth(ifindex, e.Addrs); err != nil {
+	for range rivals {
+		again, err := p.teardownOnce(ctx, c, key)
+		if err != nil || !again {
 			return err
 		}
 	}
-	if err := p.step("detach"); err != nil {
-		return err
+	return fail(codeTryAgain, "%s is being added and removed at once", key)
+}
+
+// teardownOnce tells to do it again when an ADD made the interface while it was at work.
+func (p *Plugin) teardownOnce(ctx context.Context, c *Config, key node.Key) (again bool, err error) {
+	if err := p.step("unmap"); err != nil {
+		return false, err
 	}
-	if err := loader.Detach(c.BPFFSDir, e.HostIfName); err != nil {
-		return err
+	e, ifindex, err := p.unmap(ctx, c, key)
+	if errors.Is(err, node.ErrNotFound) || errors.Is(err, node.ErrNoDatabase) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	if err := p.step("unlink"); err != nil {
+		return false, err
+	}
+	if ifindex != 0 {
+		if err := p.removeVeth(ifindex, e.Addrs); err != nil {
+			return false, err
+		}
 	}
 	if err := p.step("forget"); err != nil {
-		return err
+		return false, err
 	}
 	return p.forget(ctx, c, e)
 }
@@ -70,14 +76,11 @@ func (p *Plugin) teardown(ctx context.Context, c *Config, key node.Key) error {
 func (p *Plugin) unmap(ctx context.Context, c *Config, key node.Key) (node.Endpoint, int, error) {
 	var e node.Endpoint
 	// Most late DELs find nothing: tell without writing anything, not even a lock file.
+	owner := false
 	look := func() error {
-		db, err := node.OpenReadOnly(ctx, c.StateDir, c.nodeOptions())
-		if err != nil {
-			return err
-		}
-		defer db.Close()
-		return db.View(func(tx *node.Tx) (err error) {
+		return p.read(ctx, c, func(tx *node.Tx) (err error) {
 			e, err = tx.Endpoint(key)
+			owner = err == nil && owns(tx, e)
 			return err
 		})
 	}
@@ -93,11 +96,13 @@ func (p *Plugin) unmap(ctx context.Context, c *Config, key node.Key) (node.Endpo
 		return e, 0, err
 	}
 	ifindex := 0
-	l, err := netlink.LinkByName(e.HostIfName)
-	if err == nil {
-		ifindex = l.Attrs().Index
-	} else if !nl.IsNotFound(err) {
-		return e, 0, fmt.Errorf("look for %s: %w", e.HostIfName, err)
+	if owner {
+		l, err := netlink.LinkByName(e.HostIfName)
+		if err == nil {
+			ifindex = l.Attrs().Index
+		} else if !nl.IsNotFound(err) {
+			return e, 0, fmt.Errorf("look for %s: %w", e.HostIfName, err)
+		}
 	}
 	m, err := maps.Open(c.BPFFSDir)
 	if errors.Is(err, maps.ErrNotLoaded) {
@@ -114,29 +119,40 @@ func (p *Plugin) unmap(ctx context.Context, c *Config, key node.Key) (node.Endpo
 	return e, ifindex, commit.RemovePod(m, podOf(e, mapped))
 }
 
-// mappedTo is the ifindex that the maps have for addresses whose interface is gone.
+// mappedTo is the ifindex that the maps have for addresses whose interface is gone, 0 when they have none.
 func mappedTo(m *maps.Maps, addrs []netip.Addr) int {
-	for _, a := range addrs {
-		if r, err := m.Route(netip.PrefixFrom(a, a.BitLen())); err == nil && r.Kind == maps.RouteLocalPod {
-			return int(r.IfIndex)
+	pods, err := m.Pods()
+	if err != nil {
+		return 0
+	}
+	for _, p := range pods {
+		if slices.Equal(p.Addresses, addrs) {
+			return int(p.IfIndex)
 		}
 	}
 	return 0
 }
 
-// forget releases the addresses and removes the record, if it is still the one that was torn down.
-func (p *Plugin) forget(ctx context.Context, c *Config, e node.Endpoint) error {
+// owns tells whether the host interface that a record names is still the record's, not a successor's.
+func owns(tx *node.Tx, e node.Endpoint) bool {
+	owner, err := tx.EndpointByHostIfName(e.HostIfName)
+	return err == nil && owner.Key == e.Key
+}
+
+// forget removes the pins of the interface's links, releases the addresses and removes the record, if it is still the one
+// that was torn down. While the transaction is open no ADD can record, so none attaches under the name.
+func (p *Plugin) forget(ctx context.Context, c *Config, e node.Endpoint) (again bool, err error) {
 	lock, err := node.LockNode(ctx, c.StateDir)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer lock.Unlock()
 	db, err := node.Open(ctx, c.StateDir, c.nodeOptions())
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer db.Close()
-	return db.Update(func(tx *node.Tx) error {
+	err = db.Update(func(tx *node.Tx) error {
 		now, err := tx.Endpoint(e.Key)
 		if errors.Is(err, node.ErrNotFound) || err == nil && now.MAC != e.MAC {
 			return nil // another DEL was faster
@@ -144,11 +160,20 @@ func (p *Plugin) forget(ctx context.Context, c *Config, e node.Endpoint) error {
 		if err != nil {
 			return err
 		}
+		if owns(tx, e) {
+			if again = !gone(e.HostIfName); again {
+				return nil
+			}
+			if err := loader.Detach(c.BPFFSDir, e.HostIfName); err != nil {
+				return err
+			}
+		}
 		if _, err := tx.Release(e.Key); err != nil {
 			return err
 		}
 		return tx.DeleteEndpoint(e.Key)
 	})
+	return again, err
 }
 
 // unlisted is how long removeVeth waits for its helper before it does the work itself.

@@ -43,7 +43,7 @@ func (p *Plugin) gc(ctx context.Context, env *Env, c *Config) error {
 			errs = append(errs, fmt.Errorf("remove %s: %w", k, err))
 		}
 	}
-	errs = append(errs, p.releaseStale(ctx, c, valid), sweepPins(c.BPFFSDir))
+	errs = append(errs, p.releaseStale(ctx, c, valid), p.sweepPins(ctx, c))
 	if !c.ownIPAM() {
 		if err := invoke.DelegateGC(ctx, c.IPAM.Type, c.raw, p.delegate()); err != nil {
 			errs = append(errs, fmt.Errorf("ipam %s: %w", c.IPAM.Type, err))
@@ -80,7 +80,7 @@ func (p *Plugin) stale(ctx context.Context, c *Config, valid map[Attachment]bool
 			keys = append(keys, k)
 		}
 	}
-	return keys, db.View(func(tx *node.Tx) error {
+	err = db.View(func(tx *node.Tx) error {
 		if endpoints {
 			return tx.Endpoints(func(e node.Endpoint) error {
 				add(e.Key)
@@ -94,6 +94,7 @@ func (p *Plugin) stale(ctx context.Context, c *Config, valid map[Attachment]bool
 			return nil
 		})
 	})
+	return keys, err
 }
 
 // releaseStale releases addresses that attachments without an endpoint hold: those of another main plugin.
@@ -117,14 +118,24 @@ func (p *Plugin) releaseStale(ctx context.Context, c *Config, valid map[Attachme
 	})
 }
 
-// sweepPins removes the pins of links whose interface is gone.
-func sweepPins(dir string) error {
-	names, err := loader.Links(dir)
-	errs := []error{err}
-	for _, name := range names {
-		if gone(name) {
-			errs = append(errs, loader.Detach(dir, name))
-		}
+// sweepPins removes the pins of links whose interface is gone and that no record names: the others are their DEL's. While
+// the database is read no ADD can record, so none attaches under such a name.
+func (p *Plugin) sweepPins(ctx context.Context, c *Config) error {
+	names, err := loader.Links(c.BPFFSDir)
+	if err != nil || len(names) == 0 {
+		return err
 	}
-	return errors.Join(errs...)
+	err = p.read(ctx, c, func(tx *node.Tx) error {
+		var errs []error
+		for _, name := range names {
+			if _, err := tx.EndpointByHostIfName(name); errors.Is(err, node.ErrNotFound) && gone(name) {
+				errs = append(errs, loader.Detach(c.BPFFSDir, name))
+			}
+		}
+		return errors.Join(errs...)
+	})
+	if errors.Is(err, node.ErrNoDatabase) {
+		return nil
+	}
+	return err
 }

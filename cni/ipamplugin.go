@@ -109,8 +109,10 @@ func (c *Config) bridgeGateways(cfg *ipam.Config) (map[netip.Prefix]netip.Addr, 
 			gw = own
 		}
 		gateways[p] = gw
-		// The network's own address is none that a host on a bridge can have.
-		cfg.Reservations = append(cfg.Reservations, netip.PrefixFrom(gw, gw.BitLen()), netip.PrefixFrom(p.Addr(), p.Addr().BitLen()))
+		// The network's own and its broadcast address are none that a host on a bridge can have.
+		for _, a := range []netip.Addr{gw, p.Addr(), last(p)} {
+			cfg.Reservations = append(cfg.Reservations, netip.PrefixFrom(a, a.BitLen()))
+		}
 	}
 	return gateways, nil
 }
@@ -154,4 +156,14 @@ func (p *Plugin) held(ctx context.Context, env *Env, c *Config) (held []node.Hol
 		return err
 	})
 	return held, err
+}
+
+// last is the highest address of a prefix.
+func last(p netip.Prefix) netip.Addr {
+	b := p.Masked().Addr().AsSlice()
+	for i := p.Bits(); i < len(b)*8; i++ {
+		b[i/8] |= 0x80 >> (i % 8)
+	}
+	a, _ := netip.AddrFromSlice(b)
+	return a
 }

@@ -28,10 +28,12 @@ func (a *adding) result() (any, error) {
 		}
 		r.IPs = append(r.IPs, ip)
 	}
-	for _, gw := range gateways(a.veth.addrs) {
-		bits := gw.BitLen()
-		r.Routes = append(r.Routes,
-			&types.Route{Dst: net.IPNet{IP: make(net.IP, bits/8), Mask: net.CIDRMask(0, bits)}, GW: gw.AsSlice()})
+	for _, dst := range a.veth.routes {
+		gw := Gateway4
+		if dst.Addr().Is6() {
+			gw = Gateway6
+		}
+		r.Routes = append(r.Routes, &types.Route{Dst: *network(dst), GW: gw.AsSlice()})
 	}
 	if d := a.c.dns(); len(d.Nameservers)+len(d.Search)+len(d.Options) > 0 || d.Domain != "" {
 		r.DNS = d

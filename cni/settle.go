@@ -5,10 +5,8 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"net"
-	"os"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -76,7 +74,7 @@ func (s *settler) run(ctx context.Context) error {
 			errs = append(errs, fmt.Errorf("%s: %w", e.Key, err))
 		}
 	}
-	return errors.Join(append(errs, sweepPins(s.c.BPFFSDir))...)
+	return errors.Join(append(errs, s.p.sweepPins(ctx, s.c))...)
 }
 
 // waitQuiet waits until the last ADD is a second old, or half a minute.
@@ -114,12 +112,13 @@ func (s *settler) endpoints(ctx context.Context) ([]node.Endpoint, error) {
 	}
 	defer db.Close()
 	var all []node.Endpoint
-	return all, db.View(func(tx *node.Tx) error {
+	err = db.View(func(tx *node.Tx) error {
 		return tx.Endpoints(func(e node.Endpoint) error {
 			all = append(all, e)
 			return nil
 		})
 	})
+	return all, err
 }
 
 // unsettled tells whether a pod is still on clsact that could be moved.
@@ -142,7 +141,7 @@ func (s *settler) unsettled(ctx context.Context) (bool, error) {
 func (s *settler) settle(ctx context.Context, e node.Endpoint) error {
 	l, err := netlink.LinkByName(e.HostIfName)
 	if nl.IsNotFound(err) {
-		if _, err := os.Stat(e.Netns); errors.Is(err, fs.ErrNotExist) {
+		if !alive(e) {
 			return s.p.teardown(ctx, s.c, e.Key) // its namespace is gone, and with it the pair: no DEL came
 		}
 		return nil
@@ -162,14 +161,14 @@ func (s *settler) settle(ctx context.Context, e node.Endpoint) error {
 // pickUpMAC follows a MAC address that was changed in the pod: in the host's permanent neighbour entries, in the maps
 // and in the record.
 func (s *settler) pickUpMAC(ctx context.Context, e node.Endpoint, ifindex int) error {
+	if !alive(e) {
+		return nil
+	}
 	ns, err := netns.Open(e.Netns)
 	if err != nil {
 		return nil
 	}
 	defer ns.Close()
-	if inode, err := ns.Inode(); err != nil || fmt.Sprint(inode) != e.NetnsID {
-		return err
-	}
 	sides, err := openSides(ns)
 	if err != nil {
 		return err
@@ -183,7 +182,34 @@ func (s *settler) pickUpMAC(ctx context.Context, e node.Endpoint, ifindex int) e
 	if mac.String() == e.MAC {
 		return nil
 	}
+	// With its old address the interface lost its permanent neighbours.
+	for _, gw := range gateways(e.Addrs) {
+		if err := setNeighbour(sides.pod, l.Attrs().Index, gw, hostMAC); err != nil {
+			return err
+		}
+	}
 	return s.changeMAC(ctx, sides.host, e, ifindex, mac)
+}
+
+// alive tells whether the namespace that ADD was given is still what lies at its path.
+func alive(e node.Endpoint) bool {
+	ns, err := netns.Open(e.Netns)
+	if err != nil {
+		return false
+	}
+	defer ns.Close()
+	inode, err := ns.Inode()
+	return err == nil && fmt.Sprint(inode) == e.NetnsID
+}
+
+// settling tells whether a settler is at work for a state directory; it will see what was recorded by now.
+func settling(dir string) bool {
+	lock, err := node.TryLock(dir, "settle.lock")
+	if err != nil {
+		return errors.Is(err, node.ErrLocked)
+	}
+	lock.Unlock()
+	return false
 }
 
 func (s *settler) changeMAC(ctx context.Context, host *netlink.Handle, e node.Endpoint, ifindex int, mac net.HardwareAddr) error {

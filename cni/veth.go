@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	vnetns "github.com/vishvananda/netns"
@@ -35,8 +36,10 @@ type veth struct {
 	mac               net.HardwareAddr // of the pod's end
 	mtu               int
 	addrs             []netip.Addr
-	hostIndex         int // set by create
-	podIndex          int // set by create
+	pools             []netip.Prefix // what a pod's second interface is for
+	hostIndex         int            // set by create
+	podIndex          int            // set by create
+	routes            []netip.Prefix // in the pod, by its gateways; set by configurePod
 }
 
 // sides are rtnetlink sockets in the host's and in the pod's namespace.
@@ -114,16 +117,83 @@ func (v *veth) configurePod(s *sides) error {
 		}
 	}
 	for _, gw := range gateways(v.addrs) {
-		n := &netlink.Neigh{LinkIndex: v.podIndex, IP: gw.AsSlice(), HardwareAddr: hostMAC, State: netlink.NUD_PERMANENT, Family: family(gw)}
-		if err := s.pod.NeighSet(n); err != nil {
-			return fmt.Errorf("add neighbour %s in the pod: %w", gw, err)
+		if err := setNeighbour(s.pod, v.podIndex, gw, hostMAC); err != nil {
+			return fmt.Errorf("in the pod: %w", err)
 		}
-		onLink := &netlink.Route{LinkIndex: v.podIndex, Dst: hostNet(gw), Scope: netlink.SCOPE_LINK}
-		if err := s.pod.RouteReplace(onLink); err != nil {
-			return fmt.Errorf("add route to %s in the pod: %w", gw, err)
+		if err := v.routePod(s.pod, gw); err != nil {
+			return err
 		}
-		if err := s.pod.RouteAdd(&netlink.Route{LinkIndex: v.podIndex, Gw: gw.AsSlice()}); err != nil && !errors.Is(err, unix.EEXIST) {
+	}
+	// The host's end was up first, without a carrier; asking for it makes the kernel notice that it has one now.
+	if _, err := s.host.LinkByIndex(v.hostIndex); err != nil {
+		return fmt.Errorf("find %s: %w", v.hostName, err)
+	}
+	return v.awaitAddresses(s.pod)
+}
+
+// routePod makes the pod's routes of one family. The first interface carries everything; one that finds a default route
+// there carries its own network's pools, because its address is good for nothing else.
+func (v *veth) routePod(pod *netlink.Handle, gw netip.Addr) error {
+	first := true
+	routes, err := nl.Dump(func() ([]netlink.Route, error) { return pod.RouteList(nil, family(gw)) })
+	if err != nil {
+		return fmt.Errorf("list routes in the pod: %w", err)
+	}
+	for _, r := range routes {
+		first = first && !(isDefault(r) && r.LinkIndex != v.podIndex)
+	}
+	onLink := &netlink.Route{LinkIndex: v.podIndex, Dst: hostNet(gw), Scope: netlink.SCOPE_LINK}
+	if !first {
+		onLink.Priority = 1000 + v.podIndex // beside the first interface's route to the same gateway
+	}
+	if err := pod.RouteReplace(onLink); err != nil {
+		return fmt.Errorf("add route to %s in the pod: %w", gw, err)
+	}
+	if first {
+		v.routes = append(v.routes, netip.PrefixFrom(unspecified(gw), 0))
+		if err := pod.RouteAdd(&netlink.Route{LinkIndex: v.podIndex, Gw: gw.AsSlice()}); err != nil && !errors.Is(err, unix.EEXIST) {
 			return fmt.Errorf("add default route by %s in the pod: %w", gw, err)
+		}
+		return nil
+	}
+	for _, p := range v.pools {
+		if p.Addr().BitLen() != gw.BitLen() {
+			continue
+		}
+		v.routes = append(v.routes, p)
+		r := &netlink.Route{LinkIndex: v.podIndex, Dst: network(p), Gw: gw.AsSlice(), Flags: int(netlink.FLAG_ONLINK)}
+		if err := pod.RouteReplace(r); err != nil {
+			return fmt.Errorf("add route to %s by %s in the pod: %w", p, gw, err)
+		}
+	}
+	return nil
+}
+
+func isDefault(r netlink.Route) bool {
+	return r.Gw != nil && (r.Dst == nil || r.Dst.IP.IsUnspecified())
+}
+
+func unspecified(a netip.Addr) netip.Addr {
+	if a.Is4() {
+		return netip.IPv4Unspecified()
+	}
+	return netip.IPv6Unspecified()
+}
+
+// awaitAddresses waits until the pod takes packets for its IPv6 addresses: the kernel makes them local a moment after they
+// were added, also without duplicate address detection.
+func (v *veth) awaitAddresses(pod *netlink.Handle) error {
+	deadline := time.Now().Add(time.Second)
+	for _, a := range v.addrs {
+		for a.Is6() {
+			routes, err := pod.RouteGet(a.AsSlice())
+			if err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL {
+				break
+			}
+			if time.Now().After(deadline) {
+				return fmt.Errorf("address %s does not become the pod's: %w", a, err)
+			}
+			time.Sleep(50 * time.Microsecond)
 		}
 	}
 	return nil

@@ -88,6 +88,9 @@ func spawn(args ...string) error {
 	if err != nil {
 		return err
 	}
+	if _, err := os.Stat(self); err != nil {
+		self = "/proc/self/exe" // removed or replaced under us: this very program is still there
+	}
 	cmd := exec.Command(self, args...)
 	cmd.Dir = "/"
 	cmd.Env = []string{}
