@@ -19,7 +19,7 @@ func newCNICommand() *cobra.Command {
 		Use:   "cni",
 		Short: "Measure ADD and DEL, and the time from the call of ADD to the first answered packet",
 		Long: `cni calls ADD and DEL of each plugin in turns, as a runtime does, through libcni. The first ADD of a node is
-reported apart. While ADD runs, the new pod's namespace is already asking an existing pod, every 0.2 ms.
+reported apart. From the moment ADD returns, as a container could, the new pod asks an existing pod every 0.2 ms.
 
 With --parallel it is a storm: as many ADDs and DELs at a time, datapath by datapath; errors, addresses
 given out twice and interfaces left behind are reported.`,

@@ -92,6 +92,7 @@ func Builtin(name string, opts Options) (Spec, error) {
 		version = "1.1.0"
 		plugin = map[string]any{
 			"type":      "caracal",
+			"log_level": "warning",
 			"state_dir": DirPlaceholder + "/state",
 			"bpffs_dir": DirPlaceholder + "/bpf/caracal",
 			"ipam":      map[string]any{"type": "caracal-ipam", "ipv4_pools": []any{"10.244.0.0/16"}},
