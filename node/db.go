@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"strings"
 	"time"
@@ -205,9 +206,7 @@ func open(path string, turn *Lock, wait time.Duration, readOnly bool) (*DB, erro
 		return err
 	}, nil)
 	if err != nil {
-		if db.file != nil {
-			db.file.Close()
-		}
+		db.abandon()
 		turn.Unlock()
 		return nil, classify(path, err)
 	}
@@ -235,13 +234,26 @@ func (db *DB) openFile(path string, flag int, _ os.FileMode) (*os.File, error) {
 // Close closes the database.
 func (db *DB) Close() error {
 	defer db.turn.Unlock()
-	if db.broken { // the mapped memory stays, and would keep the lock with it
-		return errors.Join(flock(db.file, unix.LOCK_UN), db.file.Close())
+	if db.broken {
+		return db.abandon()
 	}
 	if err := db.bolt.Close(); err != nil {
 		return classify(db.path, err)
 	}
 	return nil
+}
+
+// abandon lets go of a file that the library can't close any more. Its mapped memory stays, and would keep the lock with
+// it. It does nothing where the library has closed the file.
+func (db *DB) abandon() error {
+	if db.file == nil {
+		return nil
+	}
+	err := flock(db.file, unix.LOCK_UN)
+	if errors.Is(err, unix.EBADF) {
+		return nil
+	}
+	return errors.Join(err, db.file.Close())
 }
 
 // Update runs fn in one transaction that is on disk when Update returns nil. An error of fn changes nothing and is
@@ -276,7 +288,7 @@ func (db *DB) run(begin func(func(*bbolt.Tx) error) error, fn func(*Tx) error) e
 
 // guarded runs fn and turns what the library does about a file that it can't read (it panics, or faults where the disk
 // fails under mapped memory) into ErrInvalid, which classify names ErrCorrupt. A panic of the caller's own is none of
-// that: inside, if not nil, tells when the caller's code runs.
+// that: inside, if not nil, tells when the caller's code runs, and may be what calls the library.
 func guarded(fn func() error, inside *bool) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
@@ -284,12 +296,33 @@ func guarded(fn func() error, inside *bool) (err error) {
 		if r == nil {
 			return
 		}
-		if _, fault := r.(interface{ Addr() uintptr }); !fault && inside != nil && *inside {
+		if _, fault := r.(interface{ Addr() uintptr }); !fault && inside != nil && *inside && !byLibrary() {
 			panic(r)
 		}
 		err = invalid("%v", r)
 	}()
 	return fn()
+}
+
+// byLibrary tells, while a panic is being recovered from, whether the library's code panicked.
+func byLibrary() bool {
+	pcs := make([]uintptr, 64)
+	frames := runtime.CallersFrames(pcs[:runtime.Callers(1, pcs)])
+	for panicked := false; ; {
+		f, more := frames.Next()
+		module, _, _ := strings.Cut(f.Function, "/")
+		switch {
+		case f.Function == "runtime.gopanic":
+			panicked = true
+		case panicked && strings.HasPrefix(f.Function, "go.etcd.io/bbolt"):
+			return true
+		case panicked && strings.HasPrefix(f.Function, "main."), panicked && module != f.Function && strings.Contains(module, "."):
+			return false // neither the library's nor the standard library's
+		}
+		if !more {
+			return false
+		}
+	}
 }
 
 // fence releases what belongs to earlier boots. Only then does it write.

@@ -22,6 +22,7 @@ const (
 	metaSummed    = 56 // bytes of it that the checksum covers
 	branchPage    = 0x01
 	leafPage      = 0x02
+	metaPage      = 0x04
 	bucketElement = 0x01
 	fileMagic     = 0xED0CDAED
 	fileFormat    = 2
@@ -74,65 +75,64 @@ func verify(f *os.File) (torn bool, err error) {
 	return torn, v.tree(m.root, nil, nil, true)
 }
 
-// readMeta reads the head that counts: of the two the later one that is whole.
+// readMeta reads the head that counts: of the two the later one that is whole. It must never be another one than the
+// library takes: so a head that the library would take, but that can't be, spoils the file.
 func readMeta(f *os.File, size int64) (m meta, torn bool, err error) {
-	first, err0 := metaAt(f, 0)
+	first, whole0, err := metaAt(f, 0)
+	if err != nil {
+		return meta{}, false, err
+	}
 	pageSize := first.pageSize
-	for s := uint32(minPageSize); err0 != nil && pageSize == 0 && s <= maxPageSize && int64(s) < size; s <<= 1 {
-		if other, err := metaAt(f, int64(s)); err == nil && other.pageSize == s {
-			pageSize = s
+	for s := uint32(minPageSize); pageSize == 0 && s <= maxPageSize && int64(s) < size; s <<= 1 {
+		other, _, err := metaAt(f, int64(s))
+		if err != nil {
+			return meta{}, false, err
 		}
+		pageSize = other.pageSize
 	}
 	if pageSize == 0 {
-		return meta{}, false, err0
+		return meta{}, false, invalid("not a database, or both of its heads are broken")
 	}
-	second, err1 := metaAt(f, int64(pageSize))
-	if err1 == nil && second.pageSize != pageSize {
-		err1 = invalid("heads of different page sizes")
-	}
+	second, whole1, err := metaAt(f, int64(pageSize))
 	switch {
-	case err0 != nil && err1 != nil:
-		return meta{}, false, err0
-	case err0 != nil:
-		return second, true, nil
-	case err1 != nil:
-		return first, true, nil
-	case second.txid > first.txid:
-		return second, false, nil
+	case err != nil:
+		return meta{}, false, err
+	case !whole0 && !whole1 || whole1 && second.pageSize != pageSize:
+		return meta{}, false, invalid("a head for pages of another size than %d", pageSize)
+	case whole1 && (!whole0 || second.txid > first.txid):
+		return second, !whole0, nil
 	}
-	return first, false, nil
+	return first, !whole1, nil
 }
 
-func metaAt(f *os.File, offset int64) (meta, error) {
+// metaAt reads a head. One that the library does not take either, as a failing disk leaves it, is not whole and no error.
+func metaAt(f *os.File, offset int64) (m meta, whole bool, err error) {
 	var b [pageHeader + metaSize]byte
 	if _, err := f.ReadAt(b[:], offset); err != nil {
-		return meta{}, invalid("head at %d: %v", offset, err)
+		return meta{}, false, nil
 	}
 	raw, ne := b[pageHeader:], binary.NativeEndian
 	sum := fnv.New64a()
 	sum.Write(raw[:metaSummed])
-	switch {
-	case ne.Uint32(raw) != fileMagic:
-		return meta{}, invalid("not a database")
-	case ne.Uint32(raw[4:]) != fileFormat:
-		return meta{}, invalid("file format %d", ne.Uint32(raw[4:]))
-	case ne.Uint64(raw[metaSummed:]) != sum.Sum64():
-		return meta{}, invalid("head at %d: wrong checksum", offset)
+	if ne.Uint32(raw) != fileMagic || ne.Uint32(raw[4:]) != fileFormat || ne.Uint64(raw[metaSummed:]) != sum.Sum64() {
+		return meta{}, false, nil
 	}
-	m := meta{
+	m = meta{
 		pageSize: ne.Uint32(raw[8:]),
 		root:     ne.Uint64(raw[16:]),
 		freelist: ne.Uint64(raw[32:]),
 		pages:    ne.Uint64(raw[40:]),
 		txid:     ne.Uint64(raw[48:]),
 	}
-	if m.pageSize < minPageSize || m.pageSize > maxPageSize || m.pageSize&(m.pageSize-1) != 0 {
-		return meta{}, invalid("page size %d", m.pageSize)
+	switch id := ne.Uint64(b[:]); {
+	case m.pageSize < minPageSize || m.pageSize > maxPageSize || m.pageSize&(m.pageSize-1) != 0:
+		return meta{}, false, invalid("page size %d", m.pageSize)
+	case id > 1 || offset != int64(id)*int64(m.pageSize) || ne.Uint16(b[8:]) != metaPage:
+		return meta{}, false, invalid("the head at %d says that it is page %d", offset, id)
+	case m.txid >= 1<<62: // the next transactions would seem older than this one
+		return meta{}, false, invalid("transaction number %d", m.txid)
 	}
-	if m.txid >= 1<<62 { // the next transactions would seem older than this one
-		return meta{}, invalid("transaction number %d", m.txid)
-	}
-	return m, nil
+	return m, true, nil
 }
 
 // page is a page with all that overflows from it, which are marked as seen.
@@ -195,6 +195,9 @@ func (v *verifier) branch(p, low, high []byte, top bool) error {
 		if err != nil {
 			return err
 		}
+		if len(key) == 0 {
+			return invalid("a child without a key")
+		}
 		keys[i], children[i] = key, ne.Uint64(e[8:])
 	}
 	if err := ordered(keys, low, high); err != nil {
@@ -232,6 +235,9 @@ func (v *verifier) leaf(p, low, high []byte, top, inline bool) error {
 			return invalid("a record without a key")
 		}
 		keys[i] = both[:ksize]
+		if bucket > bucketElement {
+			return invalid("record %q of type %#x", keys[i], bucket)
+		}
 		if top != (bucket == bucketElement) { // all our buckets are on the top level, and nothing else is
 			return invalid("bucket or record %q in a wrong place", keys[i])
 		}

@@ -261,7 +261,7 @@ func settled(ts *testscript.TestScript, _ bool, _ []string) {
 	r := of(ts)
 	until(ts, "all pods are attached by TCX", func() bool {
 		cmd := exec.Command(r.ctl, "pods", "-o", "json")
-			var stdout bytes.Buffer
+		var stdout bytes.Buffer
 		cmd.Stdout = &stdout
 		ts.Check(r.host.Namespace().Run(cmd))
 		var pods []struct{ Attached string }
