@@ -45,7 +45,7 @@ func podbench(t *testing.T, args ...string) (string, error) {
 func own(t *testing.T) (namespaces, dirs []string) {
 	t.Helper()
 	for pattern, into := range map[string]*[]string{
-		"/run/netns/pb-*":                           &namespaces,
+		"/run/netns/pb-*": &namespaces,
 		filepath.Join(os.TempDir(), "podbench-*-*"): &dirs,
 	} {
 		all, err := filepath.Glob(pattern)
