@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -59,6 +60,7 @@ given out twice and interfaces left behind are reported.`,
 	f := c.Flags()
 	f.IntVar(&l.Count, "count", 40, "pods added and removed on each datapath")
 	f.IntVar(&l.Pods, "pods", 0, "pods that exist beside")
+	f.DurationVar(&l.Pause, "pause", 200*time.Millisecond, "between turns")
 	f.IntVar(&l.Parallel, "parallel", 1, "ADDs and DELs at a time")
 	return c
 }

@@ -21,6 +21,8 @@ type Options struct {
 	Count    int // pods added and removed on each datapath
 	Pods     int // pods that exist beside, made before
 	Parallel int // above 1: a storm of ADDs and DELs, datapath by datapath
+	// Pause lies between turns, so that what the kernel still cleans up behind one plugin is not waited for by another.
+	Pause    time.Duration
 	Progress func(done, total int, what string)
 }
 
@@ -66,6 +68,11 @@ func Measure(ctx context.Context, session *datapath.Session, specs []datapath.Sp
 			for k := range all {
 				b := all[(k+round)%len(all)]
 				opts.progress(round*len(all)+k, opts.Count*len(all), "ADD and DEL of "+b.node.Spec.Name)
+				select {
+				case <-time.After(opts.Pause):
+				case <-ctx.Done():
+					return nil, ctx.Err()
+				}
 				if err := b.turn(ctx); err != nil {
 					return nil, fmt.Errorf("%s: %w", b.node.Spec.Name, err)
 				}
