@@ -434,8 +434,9 @@ func TestLocks(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, err = TryLock(dir, "settle.lock")
-		locked("try", err)
+		if _, err = TryLock(dir, "settle.lock"); !errors.Is(err, ErrLocked) {
+			t.Fatalf("try: %v", err)
+		}
 		if err := l.Unlock(); err != nil {
 			t.Fatal(err)
 		}
