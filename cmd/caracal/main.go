@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -36,6 +37,9 @@ func main() {
 	if len(os.Args) > 1 {
 		os.Exit(background(os.Args[1], os.Args[2:]))
 	}
+	// The process lives for milliseconds: collecting garbage would cost more than it frees.
+	debug.SetGCPercent(-1)
+	debug.SetMemoryLimit(128 << 20)
 	stdout, err := ownStdout()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "caracal:", err)
