@@ -32,7 +32,7 @@ func Path(name string) string { return filepath.Join(RunDir, name) }
 // Open opens the namespace at path: a bind mount such as Path(name), or /proc/PID/ns/net.
 // The error is os.ErrNotExist when nothing is there and ErrNotNamespace when it is something else.
 func Open(path string) (*NS, error) {
-	f, err := os.Open(path)
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0) // a pipe would wait for its writer
 	if err != nil {
 		return nil, fmt.Errorf("open network namespace: %w", err)
 	}
