@@ -241,12 +241,14 @@ func (a *adding) make(ctx context.Context) error {
 	return nil
 }
 
-func (a *adding) load(context.Context) error {
-	id := a.c.NodeName
+func (a *adding) load(context.Context) error { return loader.Ensure(a.c.loaderConfig()) }
+
+func (c *Config) loaderConfig() loader.Config {
+	id := c.NodeName
 	if id == "" {
 		id = hostname()
 	}
-	return loader.Ensure(loader.Config{Dir: a.c.BPFFSDir, MaxFlows: a.c.MaxFlows, NodeID: id[:min(len(id), 31)]})
+	return loader.Config{Dir: c.BPFFSDir, MaxFlows: c.MaxFlows, NodeID: id[:min(len(id), 31)]}
 }
 
 // removePredecessors removes what an earlier attachment of the same name, or of the same workload, left: a runtime that

@@ -160,6 +160,9 @@ func (p *Plugin) forget(ctx context.Context, c *Config, e node.Endpoint) (again 
 		if err != nil {
 			return err
 		}
+		if err := unmapLate(c, e); err != nil {
+			return err
+		}
 		if owns(tx, e) {
 			if again = !gone(e.HostIfName); again {
 				return nil
@@ -174,6 +177,24 @@ func (p *Plugin) forget(ctx context.Context, c *Config, e node.Endpoint) (again 
 		return tx.DeleteEndpoint(e.Key)
 	})
 	return again, err
+}
+
+// unmapLate takes out of the maps what an ADD of this attachment put there since unmap: it saw the record.
+func unmapLate(c *Config, e node.Endpoint) error {
+	m, err := maps.Open(c.BPFFSDir)
+	if errors.Is(err, maps.ErrNotLoaded) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer m.Close()
+	for _, a := range e.Addrs {
+		if r, err := m.Route(netip.PrefixFrom(a, a.BitLen())); err == nil && r.Kind == maps.RouteLocalPod {
+			return commit.RemovePod(m, podOf(e, int(r.IfIndex)))
+		}
+	}
+	return nil
 }
 
 // unlisted is how long removeVeth waits for its helper before it does the work itself.

@@ -4,12 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
 
 	"github.com/containernetworking/cni/pkg/invoke"
 
 	"github.com/caracal-net/caracal/ipam"
 	"github.com/caracal-net/caracal/loader"
-	"github.com/caracal-net/caracal/maps"
 	"github.com/caracal-net/caracal/node"
 )
 
@@ -18,12 +19,12 @@ func (p *Plugin) status(ctx context.Context, env *Env, c *Config) error {
 	if err := prepareBPFFS(c.BPFFSDir); err != nil {
 		return unavailable(err)
 	}
-	m, err := maps.Open(c.BPFFSDir)
-	switch {
-	case errors.Is(err, maps.ErrNotLoaded):
+	// What is pinned must be what ADD can use; with nothing pinned the kernel must have what loading takes.
+	_, err := os.Stat(c.BPFFSDir)
+	if errors.Is(err, fs.ErrNotExist) {
 		err = loader.Probe()
-	case err == nil:
-		err = errors.Join(m.Close(), loader.Ensure(loader.Config{Dir: c.BPFFSDir}))
+	} else if err == nil {
+		err = loader.Ensure(c.loaderConfig())
 	}
 	if err != nil {
 		return unavailable(err)

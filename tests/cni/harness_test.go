@@ -68,6 +68,7 @@ func newHost(t testing.TB) *host {
 		"ipam": object{"type": "caracal-ipam", "ipv4_pools": []string{"10.244.0.0/16"}, "ipv6_pools": []string{"fd00:10::/64"}},
 	}
 	h.run("ip", "addr", "add", "192.0.2.1/32", "dev", "lo")
+	h.run("ip", "addr", "add", "2001:db8::1/128", "dev", "lo")
 	return h
 }
 
@@ -240,7 +241,14 @@ func (p *pod) addr(v6 bool) netip.Addr {
 	return netip.Addr{}
 }
 
-func (p *pod) hostIf() string { return p.result.Interfaces[len(p.result.Interfaces)-2].Name }
+func (p *pod) hostIf() string {
+	for _, i := range p.result.Interfaces {
+		if strings.HasPrefix(i.Name, "cali") {
+			return i.Name
+		}
+	}
+	return ""
+}
 
 func (p *pod) ip(arg ...string) string {
 	p.h.t.Helper()

@@ -1,0 +1,152 @@
+package cni
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/caracal-net/caracal/internal/netns"
+	"github.com/caracal-net/caracal/loader"
+)
+
+// by tells how the pod's programs are attached.
+func (p *pod) by() (by string, err error) {
+	err = netns.Do(netns.Path(p.h.name), func() error {
+		l, err := netlink.LinkByName(p.hostIf())
+		if err != nil {
+			return err
+		}
+		by, err = loader.Attached(p.h.pins(), p.hostIf(), l.Attrs().Index)
+		return err
+	})
+	return by, err
+}
+
+// settled waits until the pod is on TCX.
+func (p *pod) settled() {
+	p.h.t.Helper()
+	eventually(p.h.t, "the pod is on TCX", func() error {
+		by, err := p.by()
+		if err == nil && by != loader.ByTCX {
+			err = errors.New("it is on " + by)
+		}
+		return err
+	})
+}
+
+// settlers lists the process ids of this host's settlers.
+func (h *host) settlers() []int {
+	var pids []int
+	all, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, f := range all {
+		b, _ := os.ReadFile(f)
+		if strings.Contains(string(b), "\x00settle\x00") && strings.Contains(string(b), h.state()+"\x00") {
+			pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(f)))
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
+// TestSettle: a pod moves to TCX by itself while it talks, and nothing is lost.
+func TestSettle(t *testing.T) {
+	if !loader.HasTCX() {
+		t.Skip("no TCX here")
+	}
+	h := newHost(t)
+	a, b := h.pod().add(), h.pod().add()
+	if by, err := a.by(); err != nil || by != loader.ByClsact {
+		t.Errorf("right after ADD: %s, %v", by, err)
+	}
+	out := run(t, a.ns, "ping", "-n", "-i", "0.002", "-c", "1500", "-W", "3", b.addr(false).String())
+	if !strings.Contains(out, " 0% packet loss") {
+		t.Error(out[strings.LastIndex(out, "---"):])
+	}
+	a.settled()
+	b.settled()
+	a.ping(b.addr(true))
+	eventually(t, "the settler ends by itself", h.busy)
+	a.del()
+	b.del()
+	h.clean()
+}
+
+// TestSettleKilled: a settler that is killed leaves things working, and the next ADD's finishes.
+func TestSettleKilled(t *testing.T) {
+	h := newHost(t)
+	a, b := h.pod().add(), h.pod().add()
+	killed := 0
+	eventually(t, "a settler can be killed", func() error {
+		for _, pid := range h.settlers() {
+			if unix.Kill(pid, unix.SIGKILL) == nil {
+				killed++
+			}
+		}
+		if killed == 0 {
+			return errors.New("none seen")
+		}
+		return nil
+	})
+	a.ping(b.addr(false))
+	c := h.pod().add()
+	for _, p := range []*pod{a, b, c} {
+		p.settled()
+	}
+	a.ping(c.addr(false))
+	for _, p := range []*pod{a, b, c} {
+		p.del()
+	}
+	h.clean()
+}
+
+// TestSettleOne: many ADDs start at most one settler that stays.
+func TestSettleOne(t *testing.T) {
+	h := newHost(t)
+	var pods []*pod
+	for range 10 {
+		pods = append(pods, h.pod().add())
+	}
+	eventually(t, "one settler is left", func() error {
+		if n := len(h.settlers()); n > 1 {
+			return fmt.Errorf("%d run", n)
+		}
+		return nil
+	})
+	for _, p := range pods {
+		p.del()
+	}
+	h.clean()
+}
+
+// TestVanished: a pod whose namespace goes without a DEL is collected when the next pod settles.
+func TestVanished(t *testing.T) {
+	h := newHost(t)
+	gone := h.pod().add()
+	must(t, netns.Delete(gone.ns))
+	p := h.pod().add()
+	eventually(t, "the vanished pod is collected", func() error { return h.othersOnly(p) })
+	p.del()
+	h.clean()
+}
+
+// TestBinaryReplaced: what runs beside the runtime works although the program was removed or replaced meanwhile.
+func TestBinaryReplaced(t *testing.T) {
+	h := newHost(t)
+	content, err := os.ReadFile(h.bin)
+	must(t, err)
+	h.bin = filepath.Join(t.TempDir(), "calico")
+	must(t, os.WriteFile(h.bin, content, 0o755))
+	p := h.pod().add()
+	must(t, os.Remove(h.bin))
+	p.settled()
+	must(t, os.WriteFile(h.bin, content, 0o755))
+	p.del()
+	h.clean()
+}
