@@ -23,7 +23,7 @@ import (
 const (
 	quiet  = time.Second // no ADD for so long: settling, which holds up the kernel's network lock, disturbs nobody
 	looks  = 200 * time.Millisecond
-	gaveUp = 30 * time.Second // settle anyhow, pods keep coming
+	gaveUp = 2 * time.Minute // settle anyhow, pods keep coming
 )
 
 // settler is the detached process that ADD leaves behind: it moves pods from clsact to TCX, picks up what later plugins of
@@ -77,7 +77,7 @@ func (s *settler) run(ctx context.Context) error {
 	return errors.Join(append(errs, s.p.sweepPins(ctx, s.c))...)
 }
 
-// waitQuiet waits until the last ADD is a second old, or half a minute.
+// waitQuiet waits until the last ADD is a second old, or two minutes have gone by.
 func (s *settler) waitQuiet(ctx context.Context) error {
 	for begin := time.Now(); time.Since(begin) < gaveUp; {
 		endpoints, err := s.endpoints(ctx)
