@@ -157,6 +157,29 @@ func TestTTL(t *testing.T) {
 	h.clean()
 }
 
+// TestPrevResult: what came before us in the chain is passed on as it is.
+func TestPrevResult(t *testing.T) {
+	h := newHost(t)
+	p := h.pod()
+	p.conf = object{"cniVersion": "1.0.0", "prevResult": object{
+		"cniVersion": "1.0.0", "interfaces": []object{{"name": "net0", "mac": "02:00:00:00:00:42", "sandbox": p.netns}},
+		"ips": []object{{"address": "192.0.2.9/24", "gateway": "192.0.2.1", "interface": 0}},
+		"dns": object{"nameservers": []string{"192.0.2.53"}},
+	}}
+	p.add()
+	r := p.result
+	if len(r.Interfaces) != 3 || r.Interfaces[0].Name != "net0" || r.Interfaces[0].Mac != "02:00:00:00:00:42" ||
+		len(r.IPs) != 3 || r.IPs[0].Address != "192.0.2.9/24" || *r.IPs[0].Interface != 0 || *r.IPs[1].Interface != 2 ||
+		!strings.Contains(string(p.raw), "192.0.2.53") {
+		t.Errorf("%s", p.raw)
+	}
+	check := *p
+	check.conf = object{"cniVersion": "1.0.0", "prevResult": p.raw}
+	must(t, check.do("CHECK"))
+	p.del()
+	h.clean()
+}
+
 // TestRequested: addresses and MAC from all that can ask for them, and who wins.
 func TestRequested(t *testing.T) {
 	h := newHost(t)
