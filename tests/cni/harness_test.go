@@ -400,7 +400,7 @@ func (h *host) db(fn func(*node.Tx) error) error {
 func eventually(t testing.TB, what string, ok func() error) {
 	t.Helper()
 	var err error
-	for deadline := time.Now().Add(8 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
 		if err = ok(); err == nil {
 			return
 		}
