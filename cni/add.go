@@ -310,6 +310,15 @@ func (p *Plugin) read(ctx context.Context, c *Config, fn func(*node.Tx) error) e
 	return errors.Join(db.View(fn), db.Close())
 }
 
+// update changes the database in one transaction.
+func (p *Plugin) update(ctx context.Context, c *Config, fn func(*node.Tx) error) error {
+	db, err := node.Open(ctx, c.StateDir, c.nodeOptions())
+	if err != nil {
+		return err
+	}
+	return errors.Join(db.Update(fn), db.Close())
+}
+
 // rivals is how often ADD gives way to another ADD for the same workload before it gives up.
 const rivals = 8
 

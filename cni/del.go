@@ -33,8 +33,8 @@ func (p *Plugin) del(ctx context.Context, env *Env, c *Config) error {
 
 // teardown removes all that the record of one attachment names, and then the record. No record: nothing to do.
 //
-// The record and the interface that it names are looked at under one lock, and the record goes under the same lock: so
-// a late DEL never meets the interface that a successor made under the name.
+// The record and the interface that it names are looked at under one lock, and again before the record goes: so a late
+// DEL never meets the interface that a successor made under the name, and leaves none that an ADD made meanwhile.
 func (p *Plugin) teardown(ctx context.Context, c *Config, key node.Key) error {
 	for range rivals {
 		again, err := p.teardownOnce(ctx, c, key)

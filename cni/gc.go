@@ -103,12 +103,7 @@ func (p *Plugin) releaseStale(ctx context.Context, c *Config, valid map[Attachme
 	if err != nil || len(keys) == 0 {
 		return err
 	}
-	db, err := node.Open(ctx, c.StateDir, c.nodeOptions())
-	if err != nil {
-		return err
-	}
-	defer db.Close()
-	return db.Update(func(tx *node.Tx) error {
+	return p.update(ctx, c, func(tx *node.Tx) error {
 		for _, k := range keys {
 			if _, err := ipam.Release(tx, k); err != nil {
 				return err

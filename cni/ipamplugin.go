@@ -122,12 +122,7 @@ func (p *Plugin) ipamDel(ctx context.Context, env *Env, c *Config) error {
 	if err != nil || len(held) == 0 {
 		return err
 	}
-	db, err := node.Open(ctx, c.StateDir, c.nodeOptions())
-	if err != nil {
-		return err
-	}
-	defer db.Close()
-	return db.Update(func(tx *node.Tx) error {
+	return p.update(ctx, c, func(tx *node.Tx) error {
 		_, err := ipam.Release(tx, env.key(c))
 		return err
 	})
@@ -143,18 +138,13 @@ func (p *Plugin) ipamCheck(ctx context.Context, env *Env, c *Config) error {
 
 // held looks without writing: most DELs that come late find nothing.
 func (p *Plugin) held(ctx context.Context, env *Env, c *Config) (held []node.Holding, err error) {
-	db, err := node.OpenReadOnly(ctx, c.StateDir, c.nodeOptions())
-	if errors.Is(err, node.ErrNoDatabase) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	defer db.Close()
-	err = db.View(func(tx *node.Tx) (err error) {
+	err = p.read(ctx, c, func(tx *node.Tx) (err error) {
 		held, err = tx.Held(env.key(c))
 		return err
 	})
+	if errors.Is(err, node.ErrNoDatabase) {
+		return nil, nil
+	}
 	return held, err
 }
 

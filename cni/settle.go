@@ -103,21 +103,16 @@ func (s *settler) waitQuiet(ctx context.Context) error {
 }
 
 func (s *settler) endpoints(ctx context.Context) ([]node.Endpoint, error) {
-	db, err := node.OpenReadOnly(ctx, s.c.StateDir, s.c.nodeOptions())
-	if errors.Is(err, node.ErrNoDatabase) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	defer db.Close()
 	var all []node.Endpoint
-	err = db.View(func(tx *node.Tx) error {
+	err := s.p.read(ctx, s.c, func(tx *node.Tx) error {
 		return tx.Endpoints(func(e node.Endpoint) error {
 			all = append(all, e)
 			return nil
 		})
 	})
+	if errors.Is(err, node.ErrNoDatabase) {
+		return nil, nil
+	}
 	return all, err
 }
 
