@@ -1,12 +1,11 @@
-// Package api is the resources that people write, as YAML or JSON.
+// Package api is the resources that people write. Package api/manifest reads them; this one stays small, because the CNI
+// plugin starts with it.
 package api
 
 import (
 	"errors"
 	"fmt"
 	"net/netip"
-
-	"sigs.k8s.io/yaml"
 )
 
 // Default block sizes, as Calico has them: 64 addresses a block.
@@ -40,16 +39,6 @@ type IPPool struct {
 	Disabled     bool         `json:"disabled,omitempty"`     // true: no new address comes out of it
 	NATOutgoing  bool         `json:"natOutgoing,omitempty"`  // true: masquerade what leaves all pools
 	NodeSelector string       `json:"nodeSelector,omitempty"` // which nodes use it, in Calico's selector language; "": all
-}
-
-// ParseIPPool reads a pool from YAML or JSON and validates it. A key that it does not know is an error: a misspelt one
-// would change nothing, silently.
-func ParseIPPool(data []byte) (IPPool, error) {
-	var p IPPool
-	if err := yaml.UnmarshalStrict(data, &p); err != nil {
-		return IPPool{}, fmt.Errorf("parse IPPool: %w: %w", ErrInvalid, err)
-	}
-	return p.Defaulted()
 }
 
 // Defaulted validates the pool and fills what it leaves open.

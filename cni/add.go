@@ -12,11 +12,13 @@ import (
 	"slices"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/caracal-net/caracal/commit"
 	"github.com/caracal-net/caracal/internal/netns"
 	"github.com/caracal-net/caracal/internal/nl"
+	"github.com/caracal-net/caracal/internal/tc"
 	"github.com/caracal-net/caracal/ipam"
 	"github.com/caracal-net/caracal/loader"
 	"github.com/caracal-net/caracal/maps"
@@ -119,7 +121,7 @@ func (a *adding) validate() (err error) {
 }
 
 // vacant makes sure that the container has no interface of the requested name, other than what an ADD or a DEL of this very
-// attachment left that was killed on its way: a pair that our record names and that is down, or not in the maps.
+// attachment left that was killed on its way: a pair of ours that is down, or not in the maps.
 func (a *adding) vacant() error {
 	l, err := a.sides.pod.LinkByName(a.env.IfName)
 	if nl.IsNotFound(err) {
@@ -129,16 +131,8 @@ func (a *adding) vacant() error {
 		return fmt.Errorf("look for %s in the pod: %w", a.env.IfName, err)
 	}
 	exists := fail(codeConflict, "interface %s exists in %s already", a.env.IfName, a.env.Netns)
-	var e node.Endpoint
-	err = a.read(context.Background(), a.c, func(tx *node.Tx) (err error) {
-		e, err = tx.Endpoint(a.key)
-		return err
-	})
-	if err != nil {
-		return exists
-	}
-	host, err := a.sides.host.LinkByName(e.HostIfName)
-	if err != nil || l.Type() != "veth" || l.Attrs().ParentIndex != host.Attrs().Index || host.Attrs().ParentIndex != l.Attrs().Index {
+	host, err := a.sides.host.LinkByName(HostIfName(a.env, a.c.Name))
+	if err != nil || !ours(host) || l.Attrs().ParentIndex != host.Attrs().Index || host.Attrs().ParentIndex != l.Attrs().Index {
 		return exists
 	}
 	if l.Attrs().Flags&net.FlagUp == 0 {
@@ -220,25 +214,30 @@ func (a *adding) make(ctx context.Context) error {
 		{"address", a.foreignAddress},
 		{"record", a.recordAll},
 		{"sysctl", func(context.Context) error { return writeSysctls(a.sysctls) }},
-		{"veth", func(context.Context) error { return a.veth.create(a.sides) }},
 		{"attach", func(context.Context) error {
-			return loader.Attach(a.c.BPFFSDir, a.veth.hostName, a.veth.hostIndex, a.mode)
+			return loader.Attach(tc.On(a.sides.host), a.c.BPFFSDir, a.veth.hostName, a.veth.hostIndex, a.mode)
 		}},
 		{"host", a.configureHost},
 		{"commit", a.commit}, // before the pod's end is up, so that what it sends first is not a stranger's
 		{"pod", func(context.Context) error { return a.veth.configurePod(a.sides) }},
 		{"answer", func(context.Context) error { return nil }},
 	} {
-		if err := a.step(s.name); err != nil {
+		if err := a.timed(s.name, func() error { return s.run(ctx) }); err != nil {
 			return err
 		}
-		begin := time.Now()
-		if err := s.run(ctx); err != nil {
-			return err
-		}
-		a.log.Debug("step", "name", s.name, "duration", time.Since(begin).Round(time.Microsecond))
 	}
 	return nil
+}
+
+// timed takes one step.
+func (a *adding) timed(name string, run func() error) error {
+	if err := a.step(name); err != nil {
+		return err
+	}
+	begin := time.Now()
+	err := run()
+	a.log.Debug("step", "name", name, "duration", time.Since(begin).Round(time.Microsecond))
+	return err
 }
 
 func (a *adding) load(context.Context) error { return loader.Ensure(a.c.loaderConfig()) }
@@ -339,7 +338,8 @@ func (a *adding) recordAll(ctx context.Context) (err error) {
 	return fail(codeTryAgain, "another attachment of the workload behind %s is being added", a.veth.hostName)
 }
 
-// recordOnce is the one transaction: addresses and record; or it finds predecessors and changes nothing.
+// recordOnce is the one transaction: addresses and record; or it finds predecessors and changes nothing. The database stays
+// closed to others until the pair is there too: a DEL that finds the record finds the pair.
 func (a *adding) recordOnce(ctx context.Context) (old []node.Endpoint, err error) {
 	db, err := node.Open(ctx, a.c.StateDir, a.c.nodeOptions())
 	if err != nil {
@@ -394,20 +394,23 @@ func (a *adding) recordOnce(ctx context.Context) (old []node.Endpoint, err error
 		a.recorded = true // whatever becomes of the transaction
 		return tx.PutEndpoint(a.record)
 	})
-	return old, err
+	if err != nil || len(old) > 0 {
+		return old, err
+	}
+	return nil, a.timed("veth", func() error { return a.veth.create(a.sides) })
 }
 
 // freeName makes sure that no interface without a record has the host end's name: a record would make it ours to remove.
-// One that carries our programs was left by a node whose database was lost; the pins are the authority, and it goes.
+// One that is marked as ours was left by a node whose database was lost; it goes.
 func (a *adding) freeName() error {
-	old, err := a.sides.host.LinkByName(a.veth.hostName)
-	if nl.IsNotFound(err) {
+	if gone(a.veth.hostName) {
 		return nil
 	}
+	old, err := a.sides.host.LinkByName(a.veth.hostName)
 	if err != nil {
 		return fmt.Errorf("look for %s: %w", a.veth.hostName, err)
 	}
-	if _, err := loader.Attached(a.c.BPFFSDir, a.veth.hostName, old.Attrs().Index); err != nil {
+	if !ours(old) {
 		return fail(codeConflict, "interface %s exists on the host and is not Caracal's; remove it (ip link del %s)", a.veth.hostName, a.veth.hostName)
 	}
 	if err := a.sides.host.LinkDel(old); err != nil {
@@ -428,12 +431,8 @@ func (a *adding) configureHost(context.Context) error {
 	return nil
 }
 
-// commit puts the pod into the maps, under the node lock.
+// commit puts the pod into the maps, under the node lock, unless a DEL has removed it meanwhile.
 func (a *adding) commit(ctx context.Context) error {
-	host, err := hostAddresses(a.sides.host)
-	if err != nil {
-		return err
-	}
 	m, err := maps.Open(a.c.BPFFSDir)
 	if err != nil {
 		return err
@@ -444,12 +443,25 @@ func (a *adding) commit(ctx context.Context) error {
 		return err
 	}
 	defer lock.Unlock()
-	var blocks []netip.Prefix
-	err = a.read(ctx, a.c, func(tx *node.Tx) error {
-		e, err := tx.Endpoint(a.key)
-		if err != nil || e.MAC != a.record.MAC {
-			return fail(codeTryAgain, "%s was removed while it was added", a.key)
+	if name, err := nl.Name(a.veth.hostIndex); err != nil || name != a.veth.hostName {
+		return fail(codeTryAgain, "%s was removed while it was added", a.key)
+	}
+	if !commit.HasBlocks(m, a.blocks) {
+		if err := a.setNode(ctx, a.c, a.sides.host, m); err != nil {
+			return err
 		}
+	}
+	return commit.AddPod(m, podOf(a.record, a.veth.hostIndex))
+}
+
+// setNode brings the node's own routes up to date in the maps. Callers hold the node lock.
+func (p *Plugin) setNode(ctx context.Context, c *Config, host *netlink.Handle, m *maps.Maps) error {
+	addrs, err := hostAddresses(host)
+	if err != nil {
+		return err
+	}
+	var blocks []netip.Prefix
+	err = p.read(ctx, c, func(tx *node.Tx) error {
 		all, err := tx.Blocks()
 		for _, b := range all {
 			blocks = append(blocks, b.CIDR)
@@ -459,10 +471,7 @@ func (a *adding) commit(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := commit.SetNode(m, host, blocks); err != nil {
-		return err
-	}
-	return commit.AddPod(m, podOf(a.record, a.veth.hostIndex))
+	return commit.SetNode(m, addrs, blocks)
 }
 
 // podOf is the dataplane's view of a record.

@@ -21,8 +21,7 @@ import (
 )
 
 const (
-	quiet  = time.Second // no ADD for so long: settling, which holds up the kernel's network lock, disturbs nobody
-	looks  = 200 * time.Millisecond
+	quiet  = time.Second     // no ADD or DEL for so long: settling, which holds up the kernel's network lock, disturbs nobody
 	gaveUp = 2 * time.Minute // settle anyhow, pods keep coming
 )
 
@@ -74,27 +73,40 @@ func (s *settler) run(ctx context.Context) error {
 			errs = append(errs, fmt.Errorf("%s: %w", e.Key, err))
 		}
 	}
-	return errors.Join(append(errs, s.p.sweepPins(ctx, s.c))...)
+	return errors.Join(append(errs, s.setNode(ctx), s.p.sweepPins(ctx, s.c))...)
 }
 
-// waitQuiet waits until the last ADD is a second old, or two minutes have gone by.
+// setNode follows the host's addresses.
+func (s *settler) setNode(ctx context.Context) error {
+	m, err := maps.Open(s.c.BPFFSDir)
+	if errors.Is(err, maps.ErrNotLoaded) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer m.Close()
+	lock, err := node.LockNode(ctx, s.c.StateDir)
+	if err != nil {
+		return err
+	}
+	defer lock.Unlock()
+	return s.p.setNode(ctx, s.c, &netlink.Handle{}, m)
+}
+
+// waitQuiet waits until the last ADD or DEL is a second old, or two minutes have gone by.
 func (s *settler) waitQuiet(ctx context.Context) error {
 	for begin := time.Now(); time.Since(begin) < gaveUp; {
-		endpoints, err := s.endpoints(ctx)
+		last, err := node.Changed(s.c.StateDir)
 		if err != nil {
 			return err
 		}
-		last := time.Time{}
-		for _, e := range endpoints {
-			if e.Created.After(last) {
-				last = e.Created
-			}
-		}
-		if age := time.Since(last); age > quiet || age < 0 {
+		age := time.Since(last)
+		if age > quiet || age < 0 {
 			return nil
 		}
 		select {
-		case <-time.After(looks):
+		case <-time.After(quiet - age + time.Millisecond):
 		case <-ctx.Done():
 			return ctx.Err()
 		}
@@ -243,6 +255,6 @@ func (s *settler) changeMAC(ctx context.Context, host *netlink.Handle, e node.En
 
 // gone tells whether the host has no interface of that name.
 func gone(ifname string) bool {
-	_, err := netlink.LinkByName(ifname)
-	return nl.IsNotFound(err) || errors.Is(err, unix.ENODEV)
+	_, err := nl.Index(ifname)
+	return errors.Is(err, unix.ENODEV)
 }

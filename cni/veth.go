@@ -1,9 +1,10 @@
 package cni
 
 import (
-	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
@@ -20,6 +21,12 @@ import (
 
 // RouteProtocol marks the kernel routes that are Caracal's (rtm_protocol, rtnetlink(7)): `ip route` shows "proto 202".
 const RouteProtocol = 202
+
+// LinkGroup marks the host ends that are Caracal's (ip-link(8)): `ip link show group 202` lists them.
+const LinkGroup = RouteProtocol
+
+// ours tells whether an interface is the host end of a pair that Caracal made.
+func ours(l netlink.Link) bool { return l.Type() == "veth" && l.Attrs().Group == LinkGroup }
 
 // The gateway that every pod has. It exists nowhere: from_pod answers for it.
 var (
@@ -70,7 +77,7 @@ func (s *sides) Close() {
 // between namespaces later would wait for an RCU grace period. os.ErrExist when the host has such an interface.
 func (v *veth) create(s *sides) error {
 	attrs := netlink.NewLinkAttrs()
-	attrs.Name, attrs.HardwareAddr, attrs.MTU, attrs.TxQLen = v.hostName, hostMAC, v.mtu, 1000
+	attrs.Name, attrs.HardwareAddr, attrs.MTU, attrs.TxQLen, attrs.Group = v.hostName, hostMAC, v.mtu, 1000, LinkGroup
 	pair := &netlink.Veth{
 		LinkAttrs: attrs, PeerName: v.podName, PeerHardwareAddr: v.mac, PeerMTU: uint32(v.mtu),
 		PeerTxQLen: 1000, PeerNamespace: netlink.NsFd(s.ns.FD()),
@@ -82,11 +89,7 @@ func (v *veth) create(s *sides) error {
 	if err != nil {
 		return fmt.Errorf("find %s: %w", v.hostName, err)
 	}
-	pod, err := s.pod.LinkByName(v.podName)
-	if err != nil {
-		return fmt.Errorf("find %s in the pod: %w", v.podName, err)
-	}
-	v.hostIndex, v.podIndex = host.Attrs().Index, pod.Attrs().Index
+	v.hostIndex, v.podIndex = host.Attrs().Index, host.Attrs().ParentIndex // of its peer
 	return nil
 }
 
@@ -241,8 +244,7 @@ func blackhole(h *netlink.Handle, block netip.Prefix) error {
 
 // randomMAC is a locally administered unicast address.
 func randomMAC() net.HardwareAddr {
-	m := make(net.HardwareAddr, 6)
-	rand.Read(m) // never fails
+	m := binary.BigEndian.AppendUint64(nil, rand.Uint64())[:6]
 	m[0] = m[0]&^1 | 2
 	return m
 }

@@ -130,6 +130,16 @@ func SetNode(m *maps.Maps, host []netip.Addr, blocks []netip.Prefix) error {
 	return replaceNode(m, wanted)
 }
 
+// HasBlocks tells whether the blocks are among the node's routes.
+func HasBlocks(m *maps.Maps, blocks []netip.Prefix) bool {
+	for _, b := range blocks {
+		if r, err := m.Route(b.Masked()); !b.IsSingleIP() && (err != nil || r.Kind != maps.RouteBlackhole) {
+			return false
+		}
+	}
+	return true
+}
+
 func replaceNode(m *maps.Maps, wanted map[netip.Prefix]maps.RouteKind) error {
 	routes, err := m.Routes()
 	if err != nil {

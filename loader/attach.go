@@ -6,7 +6,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
+	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -32,12 +34,15 @@ const (
 	ByClsact = "clsact"
 )
 
-// hooks are the places of an interface and their programs; from_pod first.
-var hooks = []struct {
+// hook is a place of an interface and its program.
+type hook struct {
 	program string
 	tcx     ebpf.AttachType
 	clsact  tc.Direction
-}{
+}
+
+// hooks are all of them; from_pod first.
+var hooks = []hook{
 	{bpf.DataplaneProgFromPod, ebpf.AttachTCXIngress, tc.Ingress},
 	{bpf.DataplaneProgToPod, ebpf.AttachTCXEgress, tc.Egress},
 }
@@ -50,58 +55,68 @@ func probeTCX() bool {
 
 // Attach puts from_pod and to_pod onto the host end of a pod's veth. An interface that carries them already gets the
 // pinned ones; what a dead interface of that name left is replaced.
-func Attach(dir, ifname string, ifindex int, mode Mode) error {
-	for _, h := range hooks {
-		if err := attach(dir, ifname, ifindex, h.program, h.tcx, h.clsact, mode); err != nil {
+func Attach(c tc.Conn, dir, ifname string, ifindex int, mode Mode) error {
+	for i, h := range hooks {
+		if err := attach(c, dir, ifname, ifindex, h, mode, i == 0); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func attach(dir, ifname string, ifindex int, program string, hook ebpf.AttachType, d tc.Direction, mode Mode) error {
-	p, err := openProgram(dir, program)
+func attach(c tc.Conn, dir, ifname string, ifindex int, h hook, mode Mode, first bool) error {
+	l, err := openLink(dir, ifname, h.program, ifindex)
+	if err != nil {
+		return err
+	}
+	if l == nil && (mode == Quick || !HasTCX()) {
+		return attachQuick(c, dir, ifindex, h, first)
+	}
+	p, err := openProgram(dir, h.program)
 	if err != nil {
 		return err
 	}
 	defer p.Close()
-
-	l, err := openLink(dir, ifname, program, ifindex)
-	if err != nil {
-		return err
-	}
 	if l != nil {
 		defer l.Close()
 		if err := update(l, p, ifname); err != nil {
 			return err
 		}
-		return tc.Detach(ifindex, d) // what a Settle that was killed left
+		return c.Detach(ifindex, h.clsact) // what a Settle that was killed left
 	}
-	if mode == TCX && HasTCX() {
-		id, err := tc.Attached(ifindex, d)
-		if err != nil {
-			return err
-		}
-		if id != 0 {
-			return settle(dir, ifname, ifindex, program, hook, d)
-		}
-		return attachTCX(dir, ifname, ifindex, program, hook, p)
-	}
-	if err := tc.AddClsact(ifindex); err != nil {
+	id, err := c.Attached(ifindex, h.clsact)
+	if err != nil {
 		return err
 	}
-	return tc.Attach(ifindex, d, program, p.FD())
+	if id != 0 {
+		return settle(dir, ifname, ifindex, h)
+	}
+	return attachTCX(dir, ifname, ifindex, h, p)
 }
 
-func attachTCX(dir, ifname string, ifindex int, program string, hook ebpf.AttachType, p *ebpf.Program) error {
-	l, err := link.AttachTCX(link.TCXOptions{Interface: ifindex, Program: p, Attach: hook})
+func attachQuick(c tc.Conn, dir string, ifindex int, h hook, first bool) error {
+	fd, err := programFD(dir, h.program)
 	if err != nil {
-		return fmt.Errorf("attach %s to %s by TCX: %w", program, ifname, err)
+		return err
+	}
+	defer unix.Close(fd)
+	if first {
+		if err := c.AddClsact(ifindex); err != nil {
+			return err
+		}
+	}
+	return c.Attach(ifindex, h.clsact, h.program, fd)
+}
+
+func attachTCX(dir, ifname string, ifindex int, h hook, p *ebpf.Program) error {
+	l, err := link.AttachTCX(link.TCXOptions{Interface: ifindex, Program: p, Attach: h.tcx})
+	if err != nil {
+		return fmt.Errorf("attach %s to %s by TCX: %w", h.program, ifname, err)
 	}
 	defer l.Close()
 	// Over what a dead interface of that name may have left, in one step. A process killed between the two calls below
 	// leaves its link aside.
-	path := bpf.LinkPath(dir, ifname, program)
+	path := bpf.LinkPath(dir, ifname, h.program)
 	stale, err := filepath.Glob(path + "-*")
 	if err != nil {
 		return fmt.Errorf("look for stale links: %w", err)
@@ -111,11 +126,11 @@ func attachTCX(dir, ifname string, ifindex int, program string, hook ebpf.Attach
 	}
 	aside := fmt.Sprintf("%s-%d", path, os.Getpid())
 	if err := l.Pin(aside); err != nil {
-		return fmt.Errorf("pin link of %s to %s: %w", program, ifname, err)
+		return fmt.Errorf("pin link of %s to %s: %w", h.program, ifname, err)
 	}
 	if err := os.Rename(aside, path); err != nil {
 		os.Remove(aside)
-		return fmt.Errorf("pin link of %s to %s: %w", program, ifname, err)
+		return fmt.Errorf("pin link of %s to %s: %w", h.program, ifname, err)
 	}
 	return nil
 }
@@ -136,7 +151,7 @@ func Attached(dir, ifname string, ifindex int) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		got, by, err := attached(dir, ifname, ifindex, h.program, h.clsact)
+		got, by, err := attached(dir, ifname, ifindex, h)
 		switch {
 		case err != nil:
 			return "", err
@@ -153,8 +168,8 @@ func Attached(dir, ifname string, ifindex int) (string, error) {
 }
 
 // attached returns the id of the program on one hook and how it got there, "" when it is not.
-func attached(dir, ifname string, ifindex int, program string, d tc.Direction) (ebpf.ProgramID, string, error) {
-	l, err := openLink(dir, ifname, program, ifindex)
+func attached(dir, ifname string, ifindex int, h hook) (ebpf.ProgramID, string, error) {
+	l, err := openLink(dir, ifname, h.program, ifindex)
 	if err != nil {
 		return 0, "", err
 	}
@@ -166,7 +181,7 @@ func attached(dir, ifname string, ifindex int, program string, d tc.Direction) (
 		}
 		return info.Program, ByTCX, nil
 	}
-	id, err := tc.Attached(ifindex, d)
+	id, err := tc.Here().Attached(ifindex, h.clsact)
 	if err != nil || id == 0 {
 		return 0, "", err
 	}
@@ -184,12 +199,11 @@ func Settle(dir, ifname string, ifindex int) error {
 	if !HasTCX() {
 		return nil
 	}
-	h := hooks[0]
-	return settle(dir, ifname, ifindex, h.program, h.tcx, h.clsact)
+	return settle(dir, ifname, ifindex, hooks[0])
 }
 
-func settle(dir, ifname string, ifindex int, program string, hook ebpf.AttachType, d tc.Direction) error {
-	l, err := openLink(dir, ifname, program, ifindex)
+func settle(dir, ifname string, ifindex int, h hook) error {
+	l, err := openLink(dir, ifname, h.program, ifindex)
 	if err != nil {
 		return err
 	}
@@ -199,10 +213,10 @@ func settle(dir, ifname string, ifindex int, program string, hook ebpf.AttachTyp
 			return err
 		}
 		defer wait.Close()
-		if err := attachTCX(dir, ifname, ifindex, program, hook, wait); err != nil {
+		if err := attachTCX(dir, ifname, ifindex, h, wait); err != nil {
 			return err
 		}
-		if l, err = openLink(dir, ifname, program, ifindex); err != nil {
+		if l, err = openLink(dir, ifname, h.program, ifindex); err != nil {
 			return err
 		}
 		if l == nil {
@@ -210,7 +224,7 @@ func settle(dir, ifname string, ifindex int, program string, hook ebpf.AttachTyp
 		}
 	}
 	defer l.Close()
-	p, err := openProgram(dir, program)
+	p, err := openProgram(dir, h.program)
 	if err != nil {
 		return err
 	}
@@ -218,7 +232,7 @@ func settle(dir, ifname string, ifindex int, program string, hook ebpf.AttachTyp
 	if err := update(l, p, ifname); err != nil {
 		return err
 	}
-	return tc.Detach(ifindex, d)
+	return tc.Here().Detach(ifindex, h.clsact)
 }
 
 // Detach removes the pins of an interface's links. On an interface that lives this detaches the programs, which
@@ -273,6 +287,28 @@ func openLink(dir, ifname, program string, ifindex int) (link.Link, error) {
 		return l, nil
 	}
 	return nil, l.Close()
+}
+
+// programFD opens a pinned program by BPF_OBJ_GET (bpf(2)) alone. The library would also ask what it is, and try what the
+// kernel knows of names and tokens: a quarter of a millisecond in every ADD.
+func programFD(dir, name string) (int, error) {
+	path, err := unix.BytePtrFromString(bpf.ProgramPath(dir, name))
+	if err != nil {
+		return 0, fmt.Errorf("open program %s in %s: %w", name, dir, err)
+	}
+	attr := struct {
+		path      uint64
+		fd, flags uint32
+	}{path: uint64(uintptr(unsafe.Pointer(path)))}
+	fd, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_OBJ_GET, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
+	runtime.KeepAlive(path)
+	switch errno {
+	case 0:
+		return int(fd), nil
+	case unix.ENOENT:
+		return 0, fmt.Errorf("open program %s in %s: %w", name, dir, ErrNotLoaded)
+	}
+	return 0, fmt.Errorf("open program %s in %s: %w", name, dir, errno)
 }
 
 func openProgram(dir, name string) (*ebpf.Program, error) {

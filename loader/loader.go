@@ -299,10 +299,10 @@ func detachAll(dir string) error {
 	}
 	defer pods.Close()
 	return eachFilter(pods, func(ifindex, hook int) error {
-		if err := tc.Detach(ifindex, hooks[hook].clsact); err != nil {
+		if err := tc.Here().Detach(ifindex, hooks[hook].clsact); err != nil {
 			return err
 		}
-		return tc.RemoveClsact(ifindex)
+		return tc.Here().RemoveClsact(ifindex)
 	})
 }
 
@@ -328,7 +328,7 @@ func eachFilter(pods *ebpf.Map, fn func(ifindex, hook int) error) error {
 	}
 	for _, ifindex := range all {
 		for i, h := range hooks {
-			id, err := tc.Attached(ifindex, h.clsact)
+			id, err := tc.Here().Attached(ifindex, h.clsact)
 			if err != nil {
 				return err
 			}

@@ -123,7 +123,7 @@ func TestEnsureRefuses(t *testing.T) {
 	if err := Upgrade(Config{Dir: filepath.Join(root, "node")}); !errors.Is(err, ErrNotLoaded) {
 		t.Errorf("upgrade of nothing: %v", err)
 	}
-	if err := Attach(filepath.Join(root, "node"), "lo", 1, Quick); !errors.Is(err, ErrNotLoaded) {
+	if err := Attach(tc.Here(), filepath.Join(root, "node"), "lo", 1, Quick); !errors.Is(err, ErrNotLoaded) {
 		t.Errorf("attach of nothing: %v", err)
 	}
 	if err := Unload(filepath.Join(root, "node")); err != nil {
@@ -430,20 +430,20 @@ func TestAttach(t *testing.T) {
 	quick, direct := h.veth("q.1"), h.veth("d")
 	h.wantAttached(dir, "q.1", quick, "")
 	for range 2 {
-		h.do(func() error { return Attach(dir, "q.1", quick, Quick) })
+		h.do(func() error { return Attach(tc.Here(), dir, "q.1", quick, Quick) })
 		h.wantAttached(dir, "q.1", quick, ByClsact)
 	}
-	h.do(func() error { return Attach(dir, "d", direct, TCX) })
+	h.do(func() error { return Attach(tc.Here(), dir, "d", direct, TCX) })
 	h.wantAttached(dir, "d", direct, ByTCX)
 	for range 2 {
 		h.do(func() error { return Settle(dir, "q.1", quick) })
 		h.wantAttached(dir, "q.1", quick, ByTCX)
 	}
 	h.do(func() error {
-		if id, err := tc.Attached(quick, tc.Ingress); id != 0 || err != nil {
+		if id, err := tc.Here().Attached(quick, tc.Ingress); id != 0 || err != nil {
 			t.Errorf("filter of program %d stayed (%v)", id, err)
 		}
-		return Attach(dir, "q.1", quick, Quick) // is on TCX and stays there
+		return Attach(tc.Here(), dir, "q.1", quick, Quick) // is on TCX and stays there
 	})
 	h.wantAttached(dir, "q.1", quick, ByTCX)
 	if got, err := Links(dir); err != nil || !slices.Equal(got, []string{"d", "q.1"}) {
@@ -453,14 +453,14 @@ func TestAttach(t *testing.T) {
 	// Attached quickly, then by TCX without Settle.
 	moved := h.veth("m")
 	h.do(func() error {
-		if err := Attach(dir, "m", moved, Quick); err != nil {
+		if err := Attach(tc.Here(), dir, "m", moved, Quick); err != nil {
 			return err
 		}
-		return Attach(dir, "m", moved, TCX)
+		return Attach(tc.Here(), dir, "m", moved, TCX)
 	})
 	h.wantAttached(dir, "m", moved, ByTCX)
 	h.do(func() error {
-		id, err := tc.Attached(moved, tc.Egress)
+		id, err := tc.Here().Attached(moved, tc.Egress)
 		if id != 0 {
 			t.Errorf("filter of program %d stayed", id)
 		}
@@ -471,11 +471,11 @@ func TestAttach(t *testing.T) {
 	h.remove(direct)
 	h.wantAttached(dir, "d", direct, "")
 	again := h.veth("d")
-	h.do(func() error { return Attach(dir, "d", again, TCX) })
+	h.do(func() error { return Attach(tc.Here(), dir, "d", again, TCX) })
 	h.wantAttached(dir, "d", again, ByTCX)
 	h.remove(again)
 	third := h.veth("d")
-	h.do(func() error { return Attach(dir, "d", third, Quick) })
+	h.do(func() error { return Attach(tc.Here(), dir, "d", third, Quick) })
 	h.wantAttached(dir, "d", third, ByClsact)
 	h.do(func() error { return Settle(dir, "d", third) })
 	h.wantAttached(dir, "d", third, ByTCX)
@@ -504,7 +504,7 @@ func TestWithoutTCX(t *testing.T) {
 	dir := ensured(t)
 	h := newHost(t, "c")
 	index := h.veth("v")
-	h.do(func() error { return Attach(dir, "v", index, TCX) })
+	h.do(func() error { return Attach(tc.Here(), dir, "v", index, TCX) })
 	h.wantAttached(dir, "v", index, ByClsact)
 	h.do(func() error { return Settle(dir, "v", index) })
 	h.wantAttached(dir, "v", index, ByClsact)
@@ -524,7 +524,7 @@ func TestWithoutTCX(t *testing.T) {
 	h.wantAttached(dir, "v", index, ByClsact)
 	h.do(func() error { return Unload(dir) })
 	h.do(func() error {
-		id, err := tc.Attached(index, tc.Ingress)
+		id, err := tc.Here().Attached(index, tc.Ingress)
 		if id != 0 {
 			t.Errorf("filter of program %d stayed", id)
 		}
@@ -538,14 +538,14 @@ func TestNamespaceGone(t *testing.T) {
 	t.Run("first life", func(t *testing.T) {
 		h := newHost(t, "gone")
 		index := h.veth("v")
-		h.do(func() error { return Attach(dir, "v", index, TCX) })
+		h.do(func() error { return Attach(tc.Here(), dir, "v", index, TCX) })
 	})
 	if err := Upgrade(Config{Dir: dir}); err != nil {
 		t.Error(err)
 	}
 	h := newHost(t, "new")
 	index := h.veth("v")
-	h.do(func() error { return Attach(dir, "v", index, TCX) })
+	h.do(func() error { return Attach(tc.Here(), dir, "v", index, TCX) })
 	h.wantAttached(dir, "v", index, ByTCX)
 }
 
@@ -576,10 +576,10 @@ func TestUnload(t *testing.T) {
 		}
 	}()
 	h.do(func() error {
-		if err := Attach(dir, "t", tcx, TCX); err != nil {
+		if err := Attach(tc.Here(), dir, "t", tcx, TCX); err != nil {
 			return err
 		}
-		if err := Attach(dir, "q", quick, Quick); err != nil {
+		if err := Attach(tc.Here(), dir, "q", quick, Quick); err != nil {
 			return err
 		}
 		return Unload(dir)

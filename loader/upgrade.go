@@ -88,7 +88,7 @@ func updateAll(dir string, objects *bpf.DataplaneObjects) error {
 	}
 	return eachFilter(objects.CaracalPods, func(ifindex, hook int) error {
 		h := hooks[hook]
-		return tc.Attach(ifindex, h.clsact, h.program, bpf.Programs(objects)[h.program].FD())
+		return tc.Here().Attach(ifindex, h.clsact, h.program, bpf.Programs(objects)[h.program].FD())
 	})
 }
 

@@ -234,6 +234,7 @@ func TestTornHead(t *testing.T) {
 		bad := slices.Clone(data)
 		clear(bad[head*page : (head+1)*page])
 		write(t, filepath.Join(dir, "boot_id"), []byte("boot-1"))
+		write(t, filepath.Join(dir, bootName), []byte("boot-1"))
 		if !damaged(t, dir, bad) {
 			t.Errorf("head %d: was accepted in the same boot", head)
 		}
@@ -251,6 +252,50 @@ func TestTornHead(t *testing.T) {
 			return tx.PutEndpoint(endpoint(1))
 		})
 		closeDB(t, mustOpen(t, dir, opts))
+	}
+}
+
+// A crash of the machine may leave anything in the file, because nobody waits for the disk. All that was in it is dead.
+func TestSpoiltByCrash(t *testing.T) {
+	dir, data := good(t, 5)
+	ctx, opts := context.Background(), Options{BootIDFile: filepath.Join(dir, "boot_id")}
+	bad := slices.Clone(data)
+	clear(bad[:2*os.Getpagesize()])
+	for _, test := range []struct {
+		name, boot, noted string
+		starts            bool
+	}{
+		{"same boot", "boot-1", "boot-1", false},
+		{"a boot that is not known", "boot-2", "", false},
+		{"earlier boot", "boot-2", "boot-1", true},
+	} {
+		write(t, filepath.Join(dir, fileName), bad)
+		write(t, filepath.Join(dir, bootName), []byte(test.noted))
+		write(t, filepath.Join(dir, "boot_id"), []byte(test.boot))
+		db, err := OpenReadOnly(ctx, dir, opts)
+		if want := ErrCorrupt; !test.starts && !errors.Is(err, want) || test.starts && !errors.Is(err, ErrNoDatabase) {
+			t.Errorf("%s, read-only: %v, %v", test.name, db, err)
+		}
+		if !test.starts {
+			if db, err := Open(ctx, dir, opts); !errors.Is(err, ErrCorrupt) {
+				t.Errorf("%s: %v, %v", test.name, db, err)
+			}
+			continue
+		}
+		update(t, dir, opts, func(tx *Tx) error {
+			if tx.Boot() != test.boot {
+				t.Errorf("%s: new database of boot %s", test.name, tx.Boot())
+			}
+			return tx.PutEndpoint(endpoint(1))
+		})
+		kept, err := os.ReadFile(filepath.Join(dir, brokenName))
+		if err != nil || !slices.Equal(kept, bad) {
+			t.Errorf("%s: the broken file was not kept: %v", test.name, err)
+		}
+		write(t, filepath.Join(dir, fileName), bad)
+		if db, err := Open(ctx, dir, opts); !errors.Is(err, ErrCorrupt) {
+			t.Errorf("%s, spoilt again: %v, %v", test.name, db, err)
+		}
 	}
 }
 

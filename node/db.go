@@ -25,7 +25,11 @@ const SchemaVersion = 1
 // BootIDFile is where the kernel says which boot this is.
 const BootIDFile = "/proc/sys/kernel/random/boot_id"
 
-const fileName = "node.db"
+const (
+	fileName   = "node.db"
+	bootName   = "node.boot"   // which boot the database was first written in, beside it
+	brokenName = "node.broken" // one that a crash of the machine left unreadable
+)
 
 // Buckets. Keys are text, values JSON unless said otherwise.
 var (
@@ -87,6 +91,10 @@ type DB struct {
 // Open opens <dir>/node.db for writing and creates it (and dir) when it is not there. When the machine was booted
 // since it was written, all that earlier boots left is provably dead: endpoints and the addresses they held are
 // released in one transaction. Claimed blocks and settings stay.
+//
+// A transaction outlives this process, but is not waited for to reach the disk: when the machine crashes its pods die, and
+// nothing in the database is worth an ADD's wait for it. A file that such a crash spoilt, which the boot id beside it
+// proves, is moved to node.broken and a new one begun.
 func Open(ctx context.Context, dir string, opts Options) (*DB, error) {
 	path := filepath.Join(dir, fileName)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -107,15 +115,39 @@ func Open(ctx context.Context, dir string, opts Options) (*DB, error) {
 			return nil, classify(path, err)
 		}
 	}
+	db, err := openFenced(path, boot, turn, wait)
+	if errors.Is(err, ErrCorrupt) && earlier(dir, boot) {
+		err = os.Rename(path, filepath.Join(dir, brokenName))
+		if err == nil {
+			err = create(path, boot)
+		}
+		if err == nil {
+			db, err = openFenced(path, boot, turn, wait)
+		}
+	}
+	if err != nil {
+		turn.Unlock()
+		return nil, classify(path, err)
+	}
+	return db, nil
+}
+
+// openFenced opens a database for writing and releases what belongs to earlier boots. turn stays the caller's on an error.
+func openFenced(path, boot string, turn *Lock, wait time.Duration) (*DB, error) {
 	db, err := open(path, turn, wait, false)
 	if err != nil {
 		return nil, err
 	}
 	if err := db.fence(boot); err != nil {
-		db.Close()
-		return nil, err
+		return nil, errors.Join(err, db.closeFile())
 	}
 	return db, nil
+}
+
+// earlier tells whether it is known that a database was last written in an earlier boot.
+func earlier(dir, boot string) bool {
+	b, err := os.ReadFile(filepath.Join(dir, bootName))
+	return err == nil && len(b) > 0 && string(b) != boot
 }
 
 // OpenReadOnly opens <dir>/node.db for reading beside other readers. It changes nothing, not even after a reboot, and
@@ -136,6 +168,10 @@ func OpenReadOnly(ctx context.Context, dir string, opts Options) (*DB, error) {
 	}
 	db, err := open(path, turn, wait, true)
 	if err != nil {
+		turn.Unlock()
+		if boot, berr := opts.BootID(); errors.Is(err, ErrCorrupt) && berr == nil && earlier(dir, boot) {
+			return nil, fmt.Errorf("%w: it was spoilt when the machine went down, and the next ADD begins a new one (%w)", ErrNoDatabase, err)
+		}
 		return nil, err
 	}
 	err = db.View(func(tx *Tx) error {
@@ -152,6 +188,18 @@ func OpenReadOnly(ctx context.Context, dir string, opts Options) (*DB, error) {
 		return nil, err
 	}
 	return db, nil
+}
+
+// Changed tells when <dir>/node.db was last written; the zero time when there is none. It takes no lock.
+func Changed(dir string) (time.Time, error) {
+	st, err := os.Stat(filepath.Join(dir, fileName))
+	if errors.Is(err, fs.ErrNotExist) {
+		return time.Time{}, nil
+	}
+	if err != nil {
+		return time.Time{}, err
+	}
+	return st.ModTime(), nil
 }
 
 // errTorn says that one of the file's two heads is broken. The older one still stands, but an address that was given
@@ -180,10 +228,34 @@ func create(path, boot string) error {
 	if err := errors.Join(err, bolt.Close()); err != nil {
 		return err
 	}
+	if err := writeBoot(filepath.Dir(path), boot); err != nil {
+		return err
+	}
 	if err := os.Rename(aside, path); err != nil {
 		return err
 	}
-	dir, err := os.Open(filepath.Dir(path))
+	return syncDir(filepath.Dir(path))
+}
+
+// writeBoot notes, on disk, which boot a database is written in, before it is.
+func writeBoot(dir, boot string) error {
+	path := filepath.Join(dir, bootName)
+	f, err := os.Create(path + ".new")
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(boot)
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	if err := os.Rename(path+".new", path); err != nil {
+		return err
+	}
+	return syncDir(dir)
+}
+
+func syncDir(path string) error {
+	dir, err := os.Open(path)
 	if err != nil {
 		return err
 	}
@@ -191,7 +263,7 @@ func create(path, boot string) error {
 	return dir.Sync()
 }
 
-// open opens an existing file. turn goes over to the database, or is given back on an error.
+// open opens an existing file. turn goes over to the database, unless there is an error.
 func open(path string, turn *Lock, wait time.Duration, readOnly bool) (*DB, error) {
 	db := &DB{path: path, turn: turn}
 	err := guarded(func() (err error) {
@@ -201,13 +273,13 @@ func open(path string, turn *Lock, wait time.Duration, readOnly bool) (*DB, erro
 			// The free list is rebuilt when the file is opened: it is small, and writing it costs a page a transaction.
 			NoFreelistSync: true,
 			FreelistType:   bbolt.FreelistArrayType,
+			NoSync:         true,
 			OpenFile:       db.openFile,
 		})
 		return err
 	}, nil)
 	if err != nil {
 		db.abandon()
-		turn.Unlock()
 		return nil, classify(path, err)
 	}
 	return db, nil
@@ -234,6 +306,10 @@ func (db *DB) openFile(path string, flag int, _ os.FileMode) (*os.File, error) {
 // Close closes the database.
 func (db *DB) Close() error {
 	defer db.turn.Unlock()
+	return db.closeFile()
+}
+
+func (db *DB) closeFile() error {
 	if db.broken {
 		return db.abandon()
 	}
@@ -256,8 +332,8 @@ func (db *DB) abandon() error {
 	return errors.Join(err, db.file.Close())
 }
 
-// Update runs fn in one transaction that is on disk when Update returns nil. An error of fn changes nothing and is
-// returned as it is.
+// Update runs fn in one transaction that outlives this process when Update returns nil. An error of fn changes nothing and
+// is returned as it is.
 func (db *DB) Update(fn func(*Tx) error) error { return db.run(db.bolt.Update, fn) }
 
 // View runs fn on a consistent view.
@@ -340,6 +416,9 @@ func (db *DB) fence(boot string) error {
 			return classify(db.path, errTorn)
 		}
 		return nil
+	}
+	if err := writeBoot(filepath.Dir(db.path), boot); err != nil {
+		return classify(db.path, err)
 	}
 	return db.Update(func(tx *Tx) error {
 		if err := tx.releaseAll(); err != nil {

@@ -7,11 +7,10 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
-	"os/signal"
 	"path/filepath"
 	"runtime/debug"
 	"strings"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -45,8 +44,7 @@ func main() {
 		fmt.Fprintln(os.Stderr, "caracal:", err)
 		os.Exit(1)
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
-	defer stop()
+	ctx := context.Background() // a signal ends us as SIGKILL does, and DEL removes what that leaves
 	p := &cni.Plugin{Getenv: os.Getenv, Stdin: os.Stdin, Stdout: stdout, Stderr: os.Stderr, Step: step, Spawn: spawn}
 	if strings.HasSuffix(filepath.Base(os.Args[0]), "-ipam") {
 		os.Exit(p.IPAMMain(ctx))
@@ -95,12 +93,14 @@ func spawn(args ...string) error {
 	if _, err := os.Stat(self); err != nil {
 		self = "/proc/self/exe" // removed or replaced under us: this very program is still there
 	}
-	cmd := exec.Command(self, args...)
-	cmd.Dir = "/"
-	cmd.Env = []string{}
-	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true}
-	if err := cmd.Start(); err != nil {
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
 		return err
 	}
-	return cmd.Process.Release()
+	defer null.Close()
+	// Not by os/exec, which would first make a process to learn how it can wait for this one. Nobody waits for it.
+	_, err = syscall.ForkExec(self, append([]string{self}, args...), &syscall.ProcAttr{
+		Dir: "/", Env: []string{}, Files: []uintptr{null.Fd(), null.Fd(), null.Fd()}, Sys: &syscall.SysProcAttr{Setsid: true},
+	})
+	return err
 }

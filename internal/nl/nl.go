@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // attempts is how often an interrupted dump is repeated before its error is returned.
@@ -22,6 +23,40 @@ func Dump[T any](fn func() (T, error)) (T, error) {
 		}
 	}
 	return out, fmt.Errorf("dump interrupted %d times: %w", attempts, err)
+}
+
+// Name returns the name of an interface of this thread's network namespace by its index; unix.ENODEV when there is none.
+// It asks by ioctl (netdevice(7)): a netlink question would wait for the kernel's network lock, which whoever removes an
+// interface holds for tens of milliseconds.
+func Name(index int) (string, error) {
+	r, err := ask("", uint32(index), unix.SIOCGIFNAME)
+	if err != nil {
+		return "", fmt.Errorf("name of interface %d: %w", index, err)
+	}
+	return r.Name(), nil
+}
+
+// Index returns the index of an interface by its name, likewise.
+func Index(name string) (int, error) {
+	r, err := ask(name, 0, unix.SIOCGIFINDEX)
+	if err != nil {
+		return 0, fmt.Errorf("index of interface %s: %w", name, err)
+	}
+	return int(r.Uint32()), nil
+}
+
+func ask(name string, index uint32, request uint) (*unix.Ifreq, error) {
+	r, err := unix.NewIfreq(name)
+	if err != nil {
+		return nil, err
+	}
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(fd)
+	r.SetUint32(index)
+	return r, unix.IoctlIfreq(fd, request, r)
 }
 
 // IsNotFound tells whether err means that a link does not exist.

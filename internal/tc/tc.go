@@ -25,9 +25,20 @@ const priority = 1
 // handle identifies our filter at that priority.
 const handle = 0xca
 
+// Conn talks to the kernel about the interfaces of one network namespace.
+type Conn struct {
+	rtnl *netlink.Handle
+}
+
+// Here opens a socket for each question, in the calling thread's network namespace.
+func Here() Conn { return Conn{&netlink.Handle{}} }
+
+// On uses a handle that is open.
+func On(rtnl *netlink.Handle) Conn { return Conn{rtnl} }
+
 // AddClsact gives an interface the clsact qdisc that filters hang on. One that is there already is kept.
-func AddClsact(ifindex int) error {
-	err := netlink.QdiscAdd(clsact(ifindex))
+func (c Conn) AddClsact(ifindex int) error {
+	err := c.rtnl.QdiscAdd(clsact(ifindex))
 	if err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("add clsact qdisc to interface %d: %w", ifindex, err)
 	}
@@ -35,9 +46,9 @@ func AddClsact(ifindex int) error {
 }
 
 // RemoveClsact removes the clsact qdisc when no filter of anybody hangs on it any more.
-func RemoveClsact(ifindex int) error {
+func (c Conn) RemoveClsact(ifindex int) error {
 	for _, d := range []Direction{Ingress, Egress} {
-		all, err := filters(ifindex, d)
+		all, err := c.filters(ifindex, d)
 		if err != nil {
 			return err
 		}
@@ -45,7 +56,7 @@ func RemoveClsact(ifindex int) error {
 			return nil
 		}
 	}
-	if err := netlink.QdiscDel(clsact(ifindex)); err != nil && !gone(err) {
+	if err := c.rtnl.QdiscDel(clsact(ifindex)); err != nil && !gone(err) {
 		return fmt.Errorf("remove clsact qdisc from interface %d: %w", ifindex, err)
 	}
 	return nil
@@ -53,26 +64,26 @@ func RemoveClsact(ifindex int) error {
 
 // Attach puts a program, by its descriptor, onto one side of an interface, or replaces the one that is there in one
 // step. The interface needs a clsact qdisc.
-func Attach(ifindex int, d Direction, name string, fd int) error {
+func (c Conn) Attach(ifindex int, d Direction, name string, fd int) error {
 	f := filter(ifindex, d)
 	f.Name, f.Fd, f.DirectAction = name, fd, true
-	if err := netlink.FilterReplace(f); err != nil {
+	if err := c.rtnl.FilterReplace(f); err != nil {
 		return fmt.Errorf("attach %s to interface %d by clsact: %w", name, ifindex, err)
 	}
 	return nil
 }
 
 // Detach removes our program from one side of an interface. None there is not an error.
-func Detach(ifindex int, d Direction) error {
-	if err := netlink.FilterDel(filter(ifindex, d)); err != nil && !gone(err) {
+func (c Conn) Detach(ifindex int, d Direction) error {
+	if err := c.rtnl.FilterDel(filter(ifindex, d)); err != nil && !gone(err) {
 		return fmt.Errorf("detach from interface %d by clsact: %w", ifindex, err)
 	}
 	return nil
 }
 
 // Attached returns the kernel's id of our program on one side of an interface, 0 when there is none.
-func Attached(ifindex int, d Direction) (int, error) {
-	all, err := filters(ifindex, d)
+func (c Conn) Attached(ifindex int, d Direction) (int, error) {
+	all, err := c.filters(ifindex, d)
 	if err != nil {
 		return 0, err
 	}
@@ -84,9 +95,9 @@ func Attached(ifindex int, d Direction) (int, error) {
 	return 0, nil
 }
 
-func filters(ifindex int, d Direction) ([]netlink.Filter, error) {
+func (c Conn) filters(ifindex int, d Direction) ([]netlink.Filter, error) {
 	link := &netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: ifindex}}
-	all, err := nl.Dump(func() ([]netlink.Filter, error) { return netlink.FilterList(link, uint32(d)) })
+	all, err := nl.Dump(func() ([]netlink.Filter, error) { return c.rtnl.FilterList(link, uint32(d)) })
 	if err != nil && !gone(err) {
 		return nil, fmt.Errorf("list filters of interface %d: %w", ifindex, err)
 	}

@@ -7,7 +7,7 @@ import (
 )
 
 var (
-	addSteps = []string{"load", "predecessor", "address", "record", "sysctl", "veth", "attach", "host", "pod", "commit", "answer"}
+	addSteps = []string{"load", "predecessor", "address", "record", "veth", "sysctl", "attach", "host", "pod", "commit", "answer"}
 	delSteps = []string{"unmap", "unlink", "forget"}
 )
 

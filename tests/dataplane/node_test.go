@@ -22,6 +22,7 @@ import (
 
 	"github.com/caracal-net/caracal/commit"
 	"github.com/caracal-net/caracal/internal/netns"
+	"github.com/caracal-net/caracal/internal/tc"
 	"github.com/caracal-net/caracal/loader"
 	"github.com/caracal-net/caracal/maps"
 )
@@ -187,7 +188,7 @@ func (n *node) addPod(name string, index int, mode loader.Mode, opts ...podOptio
 			return err
 		}
 		p.commit.IfIndex = link.Attrs().Index
-		if err := loader.Attach(n.dir, p.hostIf, p.commit.IfIndex, mode); err != nil {
+		if err := loader.Attach(tc.Here(), n.dir, p.hostIf, p.commit.IfIndex, mode); err != nil {
 			return err
 		}
 		if err := netlink.LinkSetUp(link); err != nil {

@@ -1,4 +1,4 @@
-package api
+package manifest
 
 import (
 	"encoding/json"
@@ -7,12 +7,14 @@ import (
 	"testing"
 
 	"sigs.k8s.io/yaml"
+
+	"github.com/caracal-net/caracal/api"
 )
 
 func TestParseIPPool(t *testing.T) {
 	for _, test := range []struct {
 		name, text string
-		want       string // "": ErrInvalid
+		want       string // "": api.ErrInvalid
 		size       int
 	}{
 		{"yaml", "cidr: 10.1.0.0/16\n", "10.1.0.0/16", 26},
@@ -61,8 +63,8 @@ func TestParseIPPool(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			p, err := ParseIPPool([]byte(test.text))
 			if test.want == "" {
-				if !errors.Is(err, ErrInvalid) {
-					t.Fatalf("%+v, %v, want ErrInvalid", p, err)
+				if !errors.Is(err, api.ErrInvalid) {
+					t.Fatalf("%+v, %v, want api.ErrInvalid", p, err)
 				}
 				return
 			}
@@ -80,7 +82,7 @@ func FuzzParseIPPool(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) {
 		p, err := ParseIPPool(data)
 		if err != nil {
-			if !errors.Is(err, ErrInvalid) {
+			if !errors.Is(err, api.ErrInvalid) {
 				t.Fatalf("no sentinel: %v", err)
 			}
 			return
