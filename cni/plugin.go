@@ -78,10 +78,9 @@ func (p *Plugin) dispatch(ctx context.Context, run func(context.Context, *Env, *
 	if len(data) > MaxConfig {
 		return nil, "", fail(codeDecode, "configuration on stdin is larger than %d bytes", MaxConfig)
 	}
-	spoken := spokenVersion(data)
 	env, err := ParseEnv(p.Getenv)
 	if err != nil {
-		return nil, spoken, err
+		return nil, spokenVersion(data), err
 	}
 	if env.Command == "VERSION" {
 		return versions(data)
@@ -92,8 +91,9 @@ func (p *Plugin) dispatch(ctx context.Context, run func(context.Context, *Env, *
 	}
 	c, err := parse(data)
 	if err != nil {
-		return nil, spoken, err
+		return nil, spokenVersion(data), err
 	}
+	spoken := c.CNIVersion
 	if minimum := map[string]string{"CHECK": "0.4.0", "GC": "1.1.0", "STATUS": "1.1.0"}[env.Command]; minimum != "" && !c.atLeast(minimum) {
 		return nil, spoken, fail(codeVersion, "%s needs a configuration with cniVersion %s or later; this one has %s", env.Command, minimum, c.CNIVersion)
 	}

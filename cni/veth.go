@@ -78,9 +78,11 @@ func (s *sides) Close() {
 func (v *veth) create(s *sides) error {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name, attrs.HardwareAddr, attrs.MTU, attrs.TxQLen, attrs.Group = v.hostName, hostMAC, v.mtu, 1000, LinkGroup
+	// One queue: a veth takes no lock to send, and each queue more, by default one for each CPU, is files in sysfs.
+	attrs.NumTxQueues, attrs.NumRxQueues = 1, 1
 	pair := &netlink.Veth{
 		LinkAttrs: attrs, PeerName: v.podName, PeerHardwareAddr: v.mac, PeerMTU: uint32(v.mtu),
-		PeerTxQLen: 1000, PeerNamespace: netlink.NsFd(s.ns.FD()),
+		PeerTxQLen: 1000, PeerNamespace: netlink.NsFd(s.ns.FD()), PeerNumTxQueues: 1, PeerNumRxQueues: 1,
 	}
 	if err := s.host.LinkAdd(pair); err != nil {
 		return fmt.Errorf("create veth pair %s and %s: %w", v.hostName, v.podName, err)

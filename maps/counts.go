@@ -21,11 +21,16 @@ func (c Count) Dropped() bool { return strings.HasPrefix(c.Verdict, "drop_") }
 
 // Counts reads caracal_counts, summed over CPUs: every verdict of every hook, in the order of their numbers.
 func (m *Maps) Counts() ([]Count, error) {
+	pinned, err := m.pinned(bpf.DataplaneMapCaracalCounts)
+	if err != nil {
+		return nil, err
+	}
+	defer pinned.Close()
 	var counts []Count
 	for h, hook := range bpf.Hooks {
 		for v, verdict := range bpf.Verdicts {
 			var perCPU []bpf.DataplaneCount
-			if err := m.counts.Lookup(uint32(h*bpf.VerdictSpace+v), &perCPU); err != nil {
+			if err := pinned.Lookup(uint32(h*bpf.VerdictSpace+v), &perCPU); err != nil {
 				return nil, fmt.Errorf("read count of %s at %s: %w", verdict.Word, hook.Word, err)
 			}
 			c := Count{Hook: hook.Word, Verdict: verdict.Word, Meaning: verdict.Meaning}

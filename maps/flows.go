@@ -61,21 +61,26 @@ func (m *Maps) Flows() ([]Flow, error) {
 		return nil, fmt.Errorf("read clock: %w", err)
 	}
 	at := uint64(now.Nano())
-	confirmed, err := list(m.flows, at, true)
+	confirmed, err := m.listFlows(bpf.DataplaneMapCaracalFlows, at, true)
 	if err != nil {
 		return nil, err
 	}
-	opening, err := list(m.opens, at, false)
+	opening, err := m.listFlows(bpf.DataplaneMapCaracalOpens, at, false)
 	return append(confirmed, opening...), err
 }
 
-func list(m *ebpf.Map, at uint64, confirmed bool) ([]Flow, error) {
+func (m *Maps) listFlows(name string, at uint64, confirmed bool) ([]Flow, error) {
+	pinned, err := m.pinned(name)
+	if err != nil {
+		return nil, err
+	}
+	defer pinned.Close()
 	var (
 		flows []Flow
 		key   bpf.DataplaneFlowKey
 		value bpf.DataplaneFlow
 	)
-	all := m.Iterate()
+	all := pinned.Iterate()
 	for all.Next(&key, &value) {
 		f := decodeFlow(&key, &value, at)
 		f.Confirmed = confirmed

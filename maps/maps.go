@@ -18,13 +18,13 @@ var ErrNotLoaded = errors.New("no maps are pinned there")
 // ErrNotFound says that a map has no entry for the key.
 var ErrNotFound = errors.New("no such entry")
 
-// Maps is the open maps of one node. It is safe for concurrent use; who writes holds the node lock.
+// Maps is the maps of one node. It is safe for concurrent use; who writes holds the node lock. The maps that every
+// attachment needs are open, the others are opened when they are read.
 type Maps struct {
-	dir   string
-	open  []*ebpf.Map
-	state *ebpf.Map
+	dir  string
+	open []*ebpf.Map
 
-	pods, routes, flows, opens, quota, counts *ebpf.Map
+	state, pods, routes, quota *ebpf.Map
 }
 
 // Open opens the pinned maps in a node's bpffs directory. ErrNotLoaded when there are none.
@@ -37,23 +37,29 @@ func Open(dir string) (*Maps, error) {
 		{bpf.DataplaneMapCaracalState, &m.state},
 		{bpf.DataplaneMapCaracalPods, &m.pods},
 		{bpf.DataplaneMapCaracalRoutes, &m.routes},
-		{bpf.DataplaneMapCaracalFlows, &m.flows},
-		{bpf.DataplaneMapCaracalOpens, &m.opens},
 		{bpf.DataplaneMapCaracalQuota, &m.quota},
-		{bpf.DataplaneMapCaracalCounts, &m.counts},
 	} {
-		opened, err := ebpf.LoadPinnedMap(bpf.MapPath(dir, e.name), nil)
+		opened, err := m.pinned(e.name)
 		if err != nil {
 			m.Close()
-			if errors.Is(err, fs.ErrNotExist) {
-				return nil, fmt.Errorf("%s: %w", dir, ErrNotLoaded)
-			}
-			return nil, fmt.Errorf("open map %s: %w", e.name, err)
+			return nil, err
 		}
 		m.open = append(m.open, opened)
 		*e.into = opened
 	}
 	return m, nil
+}
+
+// pinned opens one map.
+func (m *Maps) pinned(name string) (*ebpf.Map, error) {
+	opened, err := ebpf.LoadPinnedMap(bpf.MapPath(m.dir, name), nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%s: %w", m.dir, ErrNotLoaded)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open map %s: %w", name, err)
+	}
+	return opened, nil
 }
 
 // Close closes the descriptors; the pinned maps stay.

@@ -43,6 +43,7 @@ path and nothing else. The ratio to the bare veth pair is the figure to quote.
 twoproc: a server and a client process, as users see it: udp, tcp, crr (connect, request, close), bulk.`,
 		Example: `  podbench run
   podbench run -d veth,caracal --protocol udp --rounds 400
+  podbench run -d veth,caracal,caracal+500
   podbench run --raise-epoch 10 -o json > changing.json
   podbench run --mode twoproc --protocol tcp,crr,bulk
   podbench run --conflist mine=/etc/cni/net.d/10-mine.conflist --cni-path /opt/cni/bin`,
@@ -122,6 +123,9 @@ func (o *runOptions) build(ctx context.Context, session *datapath.Session, specs
 		}
 		n, err := s.Start(session)
 		if err != nil {
+			return nil, nil, err
+		}
+		if err := n.Fill(ctx, show); err != nil {
 			return nil, nil, err
 		}
 		a, b, err := n.Pair(ctx)

@@ -112,9 +112,26 @@ func (n *Node) Pair(ctx context.Context) (a, b *Pod, err error) {
 	return a, b, nil
 }
 
+// Fill attaches the pods that are to exist beside those that are measured. progress may be nil.
+func (n *Node) Fill(ctx context.Context, progress func(done, total int, what string)) error {
+	for i := range n.Spec.Beside {
+		if progress != nil {
+			progress(i, n.Spec.Beside, "pods of "+n.Spec.Name)
+		}
+		p, err := n.NewPod()
+		if err != nil {
+			return err
+		}
+		if err := n.Add(ctx, p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // NewPod makes a pod's namespace with its loopback interface up, not attached to anything.
 func (n *Node) NewPod() (*Pod, error) {
-	name, ns, err := n.session.namespace(fmt.Sprintf("%s-%d", n.Spec.Name, n.session.next()))
+	name, ns, err := n.session.namespace(fmt.Sprintf("%s-%d", strings.ReplaceAll(n.Spec.Name, "+", "."), n.session.next()))
 	if err != nil {
 		return nil, err
 	}

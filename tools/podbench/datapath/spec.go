@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/containernetworking/cni/libcni"
@@ -45,6 +46,7 @@ type Spec struct {
 	Name    string
 	Kind    string
 	Attach  string   // redirect: "tcx", "clsact" or "" for TCX with clsact as the fallback
+	Beside  int      // cni: pods that exist beside those that are measured
 	CNIPath []string // cni: directories of plugins, first match wins
 
 	conf map[string]any // cni: the configuration list, with DirPlaceholder in it
@@ -58,8 +60,26 @@ type Options struct {
 
 var validName = regexp.MustCompile(`^[a-z0-9][a-z0-9_.-]{0,31}$`)
 
-// Builtin returns one of Names. The error is ErrUnknown or ErrPluginMissing.
+// Builtin returns one of Names, or NAME+N: one of them that is a plugin's, with N pods beside those that are measured. The
+// error is ErrUnknown or ErrPluginMissing.
 func Builtin(name string, opts Options) (Spec, error) {
+	base, more, full := strings.Cut(name, "+")
+	if !full {
+		return builtin(name, opts)
+	}
+	n, err := strconv.ParseUint(more, 10, 16)
+	if err != nil {
+		return Spec{}, fmt.Errorf("%w %q: a number of pods belongs behind the '+', at most 65535", ErrUnknown, name)
+	}
+	spec, err := builtin(base, opts)
+	if err == nil && spec.Kind != KindCNI {
+		err = fmt.Errorf("%w %q: %s has no other pods", ErrUnknown, name, base)
+	}
+	spec.Name, spec.Beside = name, int(n)
+	return spec, err
+}
+
+func builtin(name string, opts Options) (Spec, error) {
 	path := filepath.SplitList(opts.CNIPath)
 	if len(path) == 0 {
 		path = filepath.SplitList(DefaultCNIPath)

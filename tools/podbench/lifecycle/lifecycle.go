@@ -19,6 +19,7 @@ import (
 // Options of Measure.
 type Options struct {
 	Count    int // pods added and removed on each datapath
+	Burst    int // of them, one after the other in one turn
 	Pods     int // pods that exist beside, made before
 	Parallel int // above 1: a storm of ADDs and DELs, datapath by datapath
 	// Pause lies between turns, so that what the kernel still cleans up behind one plugin is not waited for by another.
@@ -37,9 +38,9 @@ type bench struct {
 	echo *measure.Echo
 	out  report.Lifecycle
 
-	add, del, first []float64 // ms
-	mu              sync.Mutex
-	held            map[netip.Addr]string
+	fill, add, del, first, asked []float64 // ms
+	mu                           sync.Mutex
+	held                         map[netip.Addr]string
 }
 
 // Measure takes the datapaths in turns, in an order that changes from round to round.
@@ -64,19 +65,26 @@ func Measure(ctx context.Context, session *datapath.Session, specs []datapath.Sp
 			}
 		}
 	} else {
-		for round := range opts.Count {
+		for done, round := 0, 0; done < opts.Count; round++ {
+			burst := min(opts.Burst, opts.Count-done)
 			for k := range all {
 				b := all[(k+round)%len(all)]
-				opts.progress(round*len(all)+k, opts.Count*len(all), "ADD and DEL of "+b.node.Spec.Name)
-				select {
-				case <-time.After(opts.Pause):
-				case <-ctx.Done():
-					return nil, ctx.Err()
-				}
-				if err := b.turn(ctx); err != nil {
-					return nil, fmt.Errorf("%s: %w", b.node.Spec.Name, err)
+				opts.progress(done*len(all)+k*burst, opts.Count*len(all), "ADD and DEL of "+b.node.Spec.Name)
+				for _, turn := range []func() error{
+					func() error { return b.after(ctx, burst) },
+					func() error { return b.during(ctx) },
+				} {
+					select {
+					case <-time.After(opts.Pause):
+					case <-ctx.Done():
+						return nil, ctx.Err()
+					}
+					if err := turn(); err != nil {
+						return nil, fmt.Errorf("%s: %w", b.node.Spec.Name, err)
+					}
 				}
 			}
+			done += burst
 		}
 	}
 	var out []report.Lifecycle
@@ -122,35 +130,77 @@ func start(ctx context.Context, session *datapath.Session, s datapath.Spec, opts
 		if err != nil {
 			return nil, err
 		}
+		begin := time.Now()
 		if err := n.Add(ctx, p); err != nil {
 			return nil, err
 		}
+		b.fill = append(b.fill, ms(time.Since(begin)))
 	}
 	return b, nil
 }
 
-// turn adds one pod, asks for its first answer as soon as ADD has returned, and removes it. A container starts only
-// then; asking earlier would find the path half built, and the neighbour lookup lost there is repeated a second later.
-func (b *bench) turn(ctx context.Context) error {
+// after adds pods one after the other, asks for the first answer of each as soon as its ADD has returned, as its container
+// could, and removes them.
+func (b *bench) after(ctx context.Context, pods int) error {
+	var all []*datapath.Pod
+	for range pods {
+		p, err := b.node.NewPod()
+		if err != nil {
+			return err
+		}
+		all = append(all, p)
+		begin := time.Now()
+		if err := b.node.Add(ctx, p); err != nil {
+			return err
+		}
+		b.add = append(b.add, ms(time.Since(begin)))
+		at, err := measure.FirstAnswer(ctx, p.NS, b.echo.At(), every, within)
+		if err != nil {
+			return err
+		}
+		b.first = append(b.first, ms(at.Sub(begin)))
+	}
+	for _, p := range all {
+		begin := time.Now()
+		if err := b.node.Del(ctx, p); err != nil {
+			return err
+		}
+		b.del = append(b.del, ms(time.Since(begin)))
+	}
+	for _, p := range all {
+		if err := b.node.Remove(p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// during is after with one pod that asks from the call of ADD on. It disturbs the ADD that it looks at, which therefore counts
+// for nothing else.
+func (b *bench) during(ctx context.Context) error {
 	p, err := b.node.NewPod()
 	if err != nil {
 		return err
 	}
+	type answer struct {
+		at  time.Time
+		err error
+	}
+	answered := make(chan answer, 1)
 	begin := time.Now()
-	if err := b.node.Add(ctx, p); err != nil {
+	go func() {
+		at, err := measure.FirstAnswer(ctx, p.NS, b.echo.At(), every, within)
+		answered <- answer{at, err}
+	}()
+	err = b.node.Add(ctx, p)
+	a := <-answered
+	if err := errors.Join(err, a.err); err != nil {
 		return err
 	}
-	b.add = append(b.add, ms(time.Since(begin)))
-	at, err := measure.FirstAnswer(ctx, p.NS, b.echo.At(), every, within)
-	if err != nil {
-		return err
-	}
-	b.first = append(b.first, ms(at.Sub(begin)))
-	begin = time.Now()
+	b.asked = append(b.asked, ms(a.at.Sub(begin)))
 	if err := b.node.Del(ctx, p); err != nil {
 		return err
 	}
-	b.del = append(b.del, ms(time.Since(begin)))
 	return b.node.Remove(p)
 }
 
@@ -243,6 +293,10 @@ func (b *bench) summary(first *bench) report.Lifecycle {
 	o.Add, o.Del, o.First = stats.Summarize(b.add), stats.Summarize(b.del), stats.Summarize(b.first)
 	o.AddRatio = stats.Summarize(stats.Ratios(b.add, first.add))
 	o.DelRatio = stats.Summarize(stats.Ratios(b.del, first.del))
+	o.Asked, o.AskedRatio = stats.Summarize(b.asked), stats.Summarize(stats.Ratios(b.asked, first.asked))
+	if n := len(b.fill); n >= 30 {
+		o.Tenth, o.Last = stats.Summarize(b.fill[4:14]).Median, stats.Summarize(b.fill[n-10:]).Median
+	}
 	o.FirstRatio = stats.Summarize(stats.Ratios(b.first, first.first))
 	return o
 }

@@ -74,17 +74,24 @@ type Lifecycle struct {
 	Cold     float64       `json:"cold_add_ms"` // the node's first ADD
 	Add      stats.Summary `json:"add_ms"`
 	Del      stats.Summary `json:"del_ms"`
-	First    stats.Summary `json:"first_answer_ms"` // from the call of ADD to the first answered packet
+	// From the call of ADD to the first answered packet: asked once ADD has returned, as a container does; and asked from
+	// the call on, as a process does that is in the namespace already.
+	First stats.Summary `json:"first_answer_ms"`
+	Asked stats.Summary `json:"first_answer_asked_during_ms"`
 	// Ratios to the first datapath in the same round.
 	AddRatio   stats.Summary `json:"add_ratio"`
 	DelRatio   stats.Summary `json:"del_ratio"`
 	FirstRatio stats.Summary `json:"first_ratio"`
-	Pods       int           `json:"pods"`              // that existed beside
-	Parallel   int           `json:"parallel"`          // ADDs and DELs at a time
-	Errors     []string      `json:"errors"`            // what failed
-	Duplicates int           `json:"duplicates"`        // addresses given to two pods at once
-	Leftovers  []string      `json:"leftovers"`         // interfaces that stayed
-	Seconds    float64       `json:"seconds,omitempty"` // of a storm
+	AskedRatio stats.Summary `json:"asked_during_ratio"`
+	// Of the pods beside: medians of ten ADDs around the tenth and of the last ten, ms; 0 with fewer than 30 pods.
+	Tenth      float64  `json:"tenth_add_ms,omitempty"`
+	Last       float64  `json:"last_add_ms,omitempty"`
+	Pods       int      `json:"pods"`              // that existed beside
+	Parallel   int      `json:"parallel"`          // ADDs and DELs at a time
+	Errors     []string `json:"errors"`            // what failed
+	Duplicates int      `json:"duplicates"`        // addresses given to two pods at once
+	Leftovers  []string `json:"leftovers"`         // interfaces that stayed
+	Seconds    float64  `json:"seconds,omitempty"` // of a storm
 }
 
 // Here describes this machine.
@@ -138,16 +145,20 @@ func (r *Report) Table(w io.Writer) error {
 		}
 	}
 	if len(r.Lifecycle) > 0 {
-		fmt.Fprintln(t, "\nDATAPATH\tADD ms\tP90\tRATIO\tDEL ms\tP90\tRATIO\tFIRST ANSWER ms\tRATIO\tCOLD ADD\tERRORS\tDUPLICATES\tLEFT")
+		fmt.Fprintln(t, "\nDATAPATH\tADD ms\tP90\tRATIO\tDEL ms\tP90\tRATIO\tFIRST ANSWER ms\tRATIO\tASKED DURING ADD ms\tRATIO\tCOLD ADD\tERRORS\tDUPLICATES\tLEFT")
 		for _, l := range r.Lifecycle {
-			fmt.Fprintf(t, "%s\t%.1f\t%.1f\t%.2f\t%.1f\t%.1f\t%.2f\t%.1f\t%.2f\t%.0f\t%d\t%d\t%d\n", l.Datapath, l.Add.Median, l.Add.P90, l.AddRatio.Median,
-				l.Del.Median, l.Del.P90, l.DelRatio.Median, l.First.Median, l.FirstRatio.Median, l.Cold, len(l.Errors), l.Duplicates, len(l.Leftovers))
+			fmt.Fprintf(t, "%s\t%.1f\t%.1f\t%.2f\t%.1f\t%.1f\t%.2f\t%.1f\t%.2f\t%.1f\t%.2f\t%.0f\t%d\t%d\t%d\n", l.Datapath, l.Add.Median, l.Add.P90, l.AddRatio.Median,
+				l.Del.Median, l.Del.P90, l.DelRatio.Median, l.First.Median, l.FirstRatio.Median,
+				l.Asked.Median, l.AskedRatio.Median, l.Cold, len(l.Errors), l.Duplicates, len(l.Leftovers))
 		}
 	}
 	if err := t.Flush(); err != nil {
 		return err
 	}
 	for _, l := range r.Lifecycle {
+		if l.Last > 0 {
+			fmt.Fprintf(w, "%s: ADD of the 10th pod took %.1f ms, of the %dth %.1f ms: %.2f times\n", l.Datapath, l.Tenth, l.Pods, l.Last, l.Last/l.Tenth)
+		}
 		if l.Seconds > 0 {
 			fmt.Fprintf(w, "%s: %d operations, %d at a time, in %.1f s\n", l.Datapath, l.Add.N+l.Del.N, l.Parallel, l.Seconds)
 		}
