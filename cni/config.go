@@ -11,7 +11,6 @@ import (
 
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
-	"github.com/containernetworking/cni/pkg/utils"
 	"github.com/containernetworking/cni/pkg/version"
 
 	"github.com/caracal-net/caracal/api"
@@ -184,8 +183,8 @@ func parseForDel(data []byte) (*Config, error) {
 			Details: fmt.Sprintf("config is %q, plugin supports %q", c.CNIVersion, Versions.SupportedVersions()),
 		}
 	}
-	if err := utils.ValidateNetworkName(c.Name); err != nil {
-		return nil, fail(codeConfig, "name %q: %s: it must begin with a letter or digit and hold only letters, digits, '_', '.' and '-'", c.Name, err.Msg)
+	if !validName(c.Name) {
+		return nil, fail(codeConfig, "name %q: it must begin with a letter or digit and hold only letters, digits, '_', '.' and '-'", c.Name)
 	}
 	for _, d := range []struct {
 		key string

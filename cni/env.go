@@ -3,8 +3,6 @@ package cni
 import (
 	"strings"
 
-	"github.com/containernetworking/cni/pkg/utils"
-
 	"github.com/caracal-net/caracal/node"
 )
 
@@ -39,15 +37,11 @@ func ParseEnv(getenv func(string) string) (*Env, error) {
 	}
 	switch e.Command {
 	case "ADD", "DEL", "CHECK":
-		if need("CNI_CONTAINERID", e.ContainerID) {
-			if err := utils.ValidateContainerID(e.ContainerID); err != nil {
-				bad = append(bad, "CNI_CONTAINERID "+quoted(e.ContainerID)+": "+err.Msg)
-			}
+		if need("CNI_CONTAINERID", e.ContainerID) && !validName(e.ContainerID) {
+			bad = append(bad, "CNI_CONTAINERID "+quoted(e.ContainerID)+" must begin with a letter or digit and hold only letters, digits, '_', '.' and '-'")
 		}
-		if need("CNI_IFNAME", e.IfName) {
-			if err := utils.ValidateInterfaceName(e.IfName); err != nil {
-				bad = append(bad, "CNI_IFNAME "+quoted(e.IfName)+": "+err.Msg)
-			}
+		if need("CNI_IFNAME", e.IfName) && !validIfName(e.IfName) {
+			bad = append(bad, "CNI_IFNAME "+quoted(e.IfName)+" is no interface name: 1 to 15 bytes, not . or .., without '/', ':' and white space")
 		}
 		if e.Command != "DEL" {
 			need("CNI_NETNS", e.Netns)

@@ -3,6 +3,10 @@ package cni
 import (
 	"crypto/sha1"
 	"encoding/hex"
+	"strings"
+	"unicode"
+
+	"golang.org/x/sys/unix"
 )
 
 // HostIfName is the name of an attachment's host interface: "cali" and 11 hex digits.
@@ -20,4 +24,22 @@ func HostIfName(env *Env, network string) string {
 	}
 	sum := sha1.Sum([]byte(workload))
 	return "cali" + hex.EncodeToString(sum[:])[:11]
+}
+
+// validName tells whether s is a network name or container id: a letter or digit, then letters, digits, '_', '.' and '-'
+// (CNI specification 1.1.0, sections 1 and 2).
+func validName(s string) bool {
+	for i, r := range s {
+		alphanumeric := r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9'
+		if !alphanumeric && (i == 0 || !strings.ContainsRune("_.-", r)) {
+			return false
+		}
+	}
+	return s != ""
+}
+
+// validIfName tells whether the kernel takes s as an interface's name (dev_valid_name in net/core/dev.c).
+func validIfName(s string) bool {
+	return s != "" && len(s) < unix.IFNAMSIZ && s != "." && s != ".." &&
+		!strings.ContainsFunc(s, func(r rune) bool { return r == '/' || r == ':' || unicode.IsSpace(r) })
 }
