@@ -60,13 +60,15 @@ func Settle(ctx context.Context, args []string) error {
 }
 
 func (s *settler) run(ctx context.Context) error {
-	if err := s.waitQuiet(ctx); err != nil {
+	anyhow := time.Now().Add(gaveUp)
+	if err := s.waitQuiet(ctx, anyhow); err != nil {
 		return err
 	}
 	endpoints, err := s.endpoints(ctx)
 	errs := []error{err}
 	for _, e := range endpoints {
-		if ctx.Err() != nil {
+		if err := s.waitQuiet(ctx, anyhow); err != nil { // an ADD that came meanwhile has waited for one pod, not for all
+			errs = append(errs, err)
 			break
 		}
 		if err := s.settle(ctx, e); err != nil {
@@ -94,9 +96,9 @@ func (s *settler) setNode(ctx context.Context) error {
 	return s.p.setNode(ctx, s.c, &netlink.Handle{}, m)
 }
 
-// waitQuiet waits until the last ADD or DEL is a second old, or two minutes have gone by.
-func (s *settler) waitQuiet(ctx context.Context) error {
-	for begin := time.Now(); time.Since(begin) < gaveUp; {
+// waitQuiet waits until the last ADD or DEL is a second old, but not beyond a time.
+func (s *settler) waitQuiet(ctx context.Context, anyhow time.Time) error {
+	for time.Now().Before(anyhow) {
 		last, err := node.Changed(s.c.StateDir)
 		if err != nil {
 			return err

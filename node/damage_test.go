@@ -201,15 +201,32 @@ func TestCraftedPages(t *testing.T) {
 			t.Errorf("%s: was accepted", name)
 		}
 	}
+	free := int(ne.Uint64(data[pageHeader+32:])) * page
+	for name, change := range map[string]func(list []byte){
+		"another type":      func(l []byte) { ne.PutUint16(l[8:], leafPage) },
+		"a page in use":     func(l []byte) { ne.PutUint16(l[10:], 1); ne.PutUint64(l[pageHeader:], ne.Uint64(data[pageHeader+16:])) },
+		"a head":            func(l []byte) { ne.PutUint16(l[10:], 1); ne.PutUint64(l[pageHeader:], 1) },
+		"a page twice":      func(l []byte) { ne.PutUint16(l[10:], 2); copy(l[pageHeader+8:], l[pageHeader:pageHeader+8]) },
+		"a page too far":    func(l []byte) { ne.PutUint16(l[10:], 1); ne.PutUint64(l[pageHeader:], 1<<40) },
+		"longer than it is": func(l []byte) { ne.PutUint16(l[10:], 0xfffe) },
+		"much longer":       func(l []byte) { ne.PutUint16(l[10:], 0xffff); ne.PutUint64(l[pageHeader:], 1<<61) },
+	} {
+		bad := slices.Clone(data)
+		change(bad[free:])
+		if !damaged(t, dir, bad) {
+			t.Errorf("free list, %s: was accepted", name)
+		}
+	}
 	for name, change := range map[string]func(head []byte){
-		"page size 0":        func(h []byte) { ne.PutUint32(h[8:], 0) },
-		"page size 3000":     func(h []byte) { ne.PutUint32(h[8:], 3000) },
-		"a free list":        func(h []byte) { ne.PutUint64(h[32:], 2) },
-		"too many pages":     func(h []byte) { ne.PutUint64(h[40:], 1<<50) },
-		"too few pages":      func(h []byte) { ne.PutUint64(h[40:], 3) },
-		"the last time":      func(h []byte) { ne.PutUint64(h[48:], ^uint64(0)) },
-		"a root too far":     func(h []byte) { ne.PutUint64(h[16:], 1<<50) },
-		"a root in the head": func(h []byte) { ne.PutUint64(h[16:], 0) },
+		"a free list in a tree": func(h []byte) { ne.PutUint64(h[32:], ne.Uint64(h[16:])) },
+		"page size 0":           func(h []byte) { ne.PutUint32(h[8:], 0) },
+		"page size 3000":        func(h []byte) { ne.PutUint32(h[8:], 3000) },
+		"a free list elsewhere": func(h []byte) { ne.PutUint64(h[32:], 2) },
+		"too many pages":        func(h []byte) { ne.PutUint64(h[40:], 1<<50) },
+		"too few pages":         func(h []byte) { ne.PutUint64(h[40:], 3) },
+		"the last time":         func(h []byte) { ne.PutUint64(h[48:], ^uint64(0)) },
+		"a root too far":        func(h []byte) { ne.PutUint64(h[16:], 1<<50) },
+		"a root in the head":    func(h []byte) { ne.PutUint64(h[16:], 0) },
 	} {
 		bad := slices.Clone(data)
 		for _, at := range []int{pageHeader, page + pageHeader} {

@@ -213,7 +213,7 @@ func create(path, boot string) error {
 		return err
 	}
 	defer os.Remove(aside)
-	bolt, err := bbolt.Open(aside, 0o600, &bbolt.Options{NoFreelistSync: true})
+	bolt, err := bbolt.Open(aside, 0o600, nil)
 	if err != nil {
 		return err
 	}
@@ -268,13 +268,11 @@ func open(path string, turn *Lock, wait time.Duration, readOnly bool) (*DB, erro
 	db := &DB{path: path, turn: turn}
 	err := guarded(func() (err error) {
 		db.bolt, err = bbolt.Open(path, 0o600, &bbolt.Options{
-			Timeout:  wait,
-			ReadOnly: readOnly,
-			// The free list is rebuilt when the file is opened: it is small, and writing it costs a page a transaction.
-			NoFreelistSync: true,
-			FreelistType:   bbolt.FreelistArrayType,
-			NoSync:         true,
-			OpenFile:       db.openFile,
+			Timeout:      wait,
+			ReadOnly:     readOnly,
+			FreelistType: bbolt.FreelistArrayType, // kept in the file: to rebuild it every page would be read again
+			NoSync:       true,
+			OpenFile:     db.openFile,
 		})
 		return err
 	}, nil)

@@ -452,7 +452,7 @@ func TestNewerSchema(t *testing.T) {
 	path := filepath.Join(dir, fileName)
 	change := func(fn func(*bbolt.Tx) error) []byte {
 		t.Helper()
-		raw, err := bbolt.Open(path, 0o600, &bbolt.Options{NoFreelistSync: true})
+		raw, err := bbolt.Open(path, 0o600, nil)
 		if err != nil {
 			t.Fatal(err)
 		}

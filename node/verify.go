@@ -23,6 +23,7 @@ const (
 	branchPage    = 0x01
 	leafPage      = 0x02
 	metaPage      = 0x04
+	freelistPage  = 0x10
 	bucketElement = 0x01
 	fileMagic     = 0xED0CDAED
 	fileFormat    = 2
@@ -42,7 +43,7 @@ type meta struct {
 type verifier struct {
 	data []byte
 	meta meta
-	seen map[uint64]bool
+	seen []bool // by page
 }
 
 // verify makes sure that the library can read a database without surprises. torn says that one of its two heads is
@@ -63,16 +64,16 @@ func verify(f *os.File) (torn bool, err error) {
 	if m.pages < 4 || m.pages > uint64(st.Size())/uint64(m.pageSize) {
 		return false, invalid("%d bytes long, not made for %d pages of %d", st.Size(), m.pages, m.pageSize)
 	}
-	if m.freelist != noFreelist {
-		return false, invalid("it has a free list, which another program must have written")
-	}
 	data, err := unix.Mmap(int(f.Fd()), 0, int(m.pages)*int(m.pageSize), unix.PROT_READ, unix.MAP_SHARED)
 	if err != nil {
 		return false, err
 	}
 	defer unix.Munmap(data)
-	v := verifier{data: data, meta: m, seen: make(map[uint64]bool)}
-	return torn, v.tree(m.root, nil, nil, true)
+	v := verifier{data: data, meta: m, seen: make([]bool, m.pages)}
+	if err := v.tree(m.root, nil, nil, true); err != nil {
+		return torn, err
+	}
+	return torn, v.freelist()
 }
 
 // readMeta reads the head that counts: of the two the later one that is whole. It must never be another one than the
@@ -156,6 +157,38 @@ func (v *verifier) page(id uint64) ([]byte, error) {
 		v.seen[i] = true
 	}
 	return p[:(more+1)*size], nil
+}
+
+// freelist checks the list of free pages: in order, and none that is in use. A file without one is scanned for them by the
+// library.
+func (v *verifier) freelist() error {
+	if v.meta.freelist == noFreelist {
+		return nil
+	}
+	p, err := v.page(v.meta.freelist)
+	if err != nil {
+		return err
+	}
+	ne := binary.NativeEndian
+	if flags := ne.Uint16(p[8:]); flags != freelistPage {
+		return invalid("free list in a page of type %#x", flags)
+	}
+	count, ids := uint64(ne.Uint16(p[10:])), p[pageHeader:]
+	if count == 0xffff { // too many for the header: the first number says how many
+		count, ids = ne.Uint64(ids), ids[8:]
+	}
+	if count > uint64(len(ids)/8) {
+		return invalid("a free list of %d pages", count)
+	}
+	last := uint64(0)
+	for i := range count {
+		id := ne.Uint64(ids[8*i:])
+		if id < 2 || id >= v.meta.pages || id <= last || v.seen[id] {
+			return invalid("page %d is free", id)
+		}
+		last = id
+	}
+	return nil
 }
 
 // tree walks the pages of one bucket. Its keys must lie in [low, high); nil is no bound.
