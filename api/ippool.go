@@ -39,6 +39,30 @@ type IPPool struct {
 	Disabled     bool         `json:"disabled,omitempty"`     // true: no new address comes out of it
 	NATOutgoing  bool         `json:"natOutgoing,omitempty"`  // true: masquerade what leaves all pools
 	NodeSelector string       `json:"nodeSelector,omitempty"` // which nodes use it, in Calico's selector language; "": all
+	VXLANMode    string       `json:"vxlanMode,omitempty"`    // Always, CrossSubnet or Never (default)
+	IPIPMode     string       `json:"ipipMode,omitempty"`     // Calico's: Never
+	AllowedUses  []string     `json:"allowedUses,omitempty"`  // Calico's: Workload
+}
+
+// Complete is Defaulted in place, for a pool that somebody wrote.
+func (p *IPPool) Complete(string) (err error) {
+	*p, err = p.Defaulted()
+	switch {
+	case err != nil:
+		return err
+	case p.IPIPMode != "" && p.IPIPMode != "Never":
+		return fmt.Errorf("ipipMode %s: %w; write vxlanMode", p.IPIPMode, ErrUnsupported)
+	case p.VXLANMode != "" && p.VXLANMode != "Never":
+		return fmt.Errorf("vxlanMode %s: %w yet; hosts must share a network or have routers between them that speak BGP", p.VXLANMode, ErrUnsupported)
+	case p.NodeSelector != "" && p.NodeSelector != "all()":
+		return fmt.Errorf("nodeSelector %q: %w yet", p.NodeSelector, ErrUnsupported)
+	}
+	for _, use := range p.AllowedUses {
+		if use != "Workload" {
+			return fmt.Errorf("allowedUses %q: %w; write Workload", use, ErrUnsupported)
+		}
+	}
+	return nil
 }
 
 // Defaulted validates the pool and fills what it leaves open.

@@ -3,13 +3,35 @@ package manifest
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/netip"
+	"strings"
 	"testing"
 
 	"sigs.k8s.io/yaml"
 
 	"github.com/caracal-net/caracal/api"
 )
+
+const head = "apiVersion: projectcalico.org/v3\nkind: IPPool\nmetadata: {name: p}\nspec:"
+
+// pool reads a pool's spec.
+func pool(spec string) (api.IPPool, error) {
+	if strings.HasPrefix(spec, "{") || strings.HasPrefix(spec, "[") {
+		spec = " " + spec
+	} else {
+		spec = "\n  " + strings.ReplaceAll(spec, "\n", "\n  ")
+	}
+	all, err := Parse([]byte(head + spec))
+	if err != nil {
+		return api.IPPool{}, err
+	}
+	p, ok := all[0].Spec.(*api.IPPool)
+	if !ok || len(all) != 1 {
+		return api.IPPool{}, fmt.Errorf("%d resources", len(all))
+	}
+	return *p, nil
+}
 
 func TestParseIPPool(t *testing.T) {
 	for _, test := range []struct {
@@ -61,7 +83,7 @@ func TestParseIPPool(t *testing.T) {
 		{"v6 multicast inside", "cidr: fe00::/7", "", 0},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			p, err := ParseIPPool([]byte(test.text))
+			p, err := pool(test.text)
 			if test.want == "" {
 				if !errors.Is(err, api.ErrInvalid) {
 					t.Fatalf("%+v, %v, want api.ErrInvalid", p, err)
@@ -75,33 +97,70 @@ func TestParseIPPool(t *testing.T) {
 	}
 }
 
-func FuzzParseIPPool(f *testing.F) {
-	for _, s := range []string{"cidr: 10.1.0.0/16", `{"cidr":"2001:db8::/64","blockSize":124,"disabled":true}`, "cidr: &a [*a]", "a: b: c", "{cidr: ::ffff:1.2.3.4/99}"} {
+func TestParse(t *testing.T) {
+	const node = "apiVersion: projectcalico.org/v3\nkind: Node\nmetadata: {name: h1}\nspec: {bgp: {ipv4Address: 10.0.0.1/24, asNumber: \"1.10\"}}\n"
+	all, err := Parse([]byte("# a comment\n---\n" + node + "---\n" + head + " {cidr: 10.1.0.0/16, natOutgoing: true, ipipMode: Never, vxlanMode: Never, nodeSelector: all()}\n"))
+	if err != nil || len(all) != 2 || all[0].Metadata.Name != "h1" || all[0].Spec.(*api.Node).BGP.ASNumber != 1<<16|10 || all[1].String() != "IPPool p" {
+		t.Fatalf("%+v, %v", all, err)
+	}
+	if all, err = Parse([]byte(`{"kind": "List", "apiVersion": "v1", "items": [{"apiVersion": "projectcalico.org/v3", "kind": "BGPPeer", "metadata": {"name": "tor"}, "spec": {"peerIP": "[2001:db8::1]:1790", "asNumber": 65001}}]}`)); err != nil || len(all) != 1 {
+		t.Fatalf("%+v, %v", all, err)
+	}
+	for text, want := range map[string]string{
+		"":                                      "no resource",
+		"---\n---\n":                            "no resource",
+		node + "---\n{":                         "document 2, from line 6",
+		"kind: Node":                            "apiVersion",
+		strings.Replace(node, "Node", "Pod", 1): `kind "Pod"`,
+		strings.Replace(node, "h1", "H_1", 1):   "metadata.name",
+		strings.Replace(node, "ipv4Address", "ipv4addr", 1):         `unknown field "ipv4addr"`,
+		strings.Replace(node, "10.0.0.1/24", "'2001:db8::1/64'", 1): "bgp.ipv4Address",
+		strings.Replace(node, "1.10", "0", 1):                       "AS number",
+		node + "metadata: {name: h2}\n":                             "already",
+		head + " {cidr: 10.1.0.0/16, ipipMode: Always}":             "vxlanMode",
+		head + " {cidr: 10.1.0.0/16, nodeSelector: has(a)}":         "not supported",
+	} {
+		if all, err := Parse([]byte(text)); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%q: %+v, %v; want %q", text, all, err, want)
+		}
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	for _, s := range []string{head + " {cidr: 10.1.0.0/16}", head + `{"cidr":"2001:db8::/64","blockSize":124,"disabled":true}`, "cidr: &a [*a]", "a: b: c", "items: []",
+		"apiVersion: projectcalico.org/v3\nkind: BGPPeer\nmetadata: {name: p}\nspec: {peerIP: 10.0.0.1, asNumber: 1.1, maxRestartTime: 5s}",
+		"apiVersion: projectcalico.org/v3\nkind: BGPConfiguration\nmetadata: {name: default}\nspec: {nodeToNodeMeshEnabled: false}"} {
 		f.Add([]byte(s))
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
-		p, err := ParseIPPool(data)
+		all, err := Parse(data)
 		if err != nil {
-			if !errors.Is(err, api.ErrInvalid) {
+			if !errors.Is(err, api.ErrInvalid) && !errors.Is(err, api.ErrUnsupported) {
 				t.Fatalf("no sentinel: %v", err)
 			}
 			return
 		}
-		if p.CIDR != p.CIDR.Masked() || p.BlockSize < p.CIDR.Bits() || p.BlockSize > p.CIDR.Addr().BitLen() {
-			t.Fatalf("accepted: %+v", p)
-		}
-		for _, a := range []string{"127.0.0.1", "224.0.0.1", "169.254.1.1", "::1", "fe80::1", "ff02::1", "::ffff:10.0.0.1"} {
-			if p.CIDR.Contains(netip.MustParseAddr(a)) {
-				t.Fatalf("%s has %s", p.CIDR, a)
+		for _, r := range all {
+			if p, ok := r.Spec.(*api.IPPool); ok {
+				for _, a := range []string{"127.0.0.1", "224.0.0.1", "169.254.1.1", "::1", "fe80::1", "ff02::1", "::ffff:10.0.0.1"} {
+					if p.CIDR != p.CIDR.Masked() || p.BlockSize < p.CIDR.Bits() || p.BlockSize > p.CIDR.Addr().BitLen() || p.CIDR.Contains(netip.MustParseAddr(a)) {
+						t.Fatalf("accepted: %+v", p)
+					}
+				}
 			}
-		}
-		for _, write := range []func(any) ([]byte, error){json.Marshal, func(v any) ([]byte, error) { return yaml.Marshal(v) }} {
-			text, err := write(p)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if again, err := ParseIPPool(text); err != nil || again != p {
-				t.Fatalf("%+v became %+v, %v", p, again, err)
+			for _, write := range []func(any) ([]byte, error){json.Marshal, func(v any) ([]byte, error) { return yaml.Marshal(v) }} {
+				text, err := write(r)
+				if err != nil {
+					t.Fatal(err)
+				}
+				again, err := Parse(text)
+				if err != nil || len(again) != 1 {
+					t.Fatalf("%s became %+v, %v", text, again, err)
+				}
+				one, _ := json.Marshal(r)
+				if two, _ := json.Marshal(again[0]); string(one) != string(two) {
+					t.Fatalf("%s became %s", one, two)
+				}
 			}
 		}
 	})
