@@ -108,9 +108,6 @@ func (a *adding) validate() (err error) {
 		mtu = pathMTU(a.sides.host)
 	}
 	a.veth = &veth{hostName: HostIfName(a.env, a.c.Name), podName: a.env.IfName, mac: mac, mtu: mtu}
-	for _, p := range a.pools.Pools {
-		a.veth.pools = append(a.veth.pools, p.CIDR)
-	}
 	if a.c.shaped() {
 		a.mode = loader.TCX // the bandwidth plugin needs the place that clsact takes
 		if !loader.HasTCX() {
@@ -358,7 +355,18 @@ func (a *adding) recordOnce(ctx context.Context) (old []node.Endpoint, err error
 			return err
 		}
 		if a.c.ownIPAM() {
-			v4, v6 := a.c.families(a.pools)
+			pools, _, err := ipam.Pools(tx, a.pools)
+			if err != nil {
+				return err
+			}
+			a.veth.pools = nil
+			for _, p := range pools {
+				a.veth.pools = append(a.veth.pools, p.CIDR)
+			}
+			v4, v6, err := a.c.families(tx, a.pools)
+			if err != nil {
+				return err
+			}
 			addrs, err := ipam.Assign(tx, a.pools, ipam.Request{Key: a.key, Want: a.want, V4: v4, V6: v6})
 			if err != nil {
 				return err

@@ -15,6 +15,7 @@ import (
 
 	"github.com/caracal-net/caracal/api"
 	"github.com/caracal-net/caracal/ipam"
+	"github.com/caracal-net/caracal/node"
 )
 
 // Where a node's state lies unless the configuration says otherwise.
@@ -295,15 +296,16 @@ func (c *Config) pools() (ipam.Config, error) {
 }
 
 // families says which families an attachment gets an address of.
-func (c *Config) families(cfg ipam.Config) (v4, v6 bool) {
-	v4, v6 = cfg.Families()
+func (c *Config) families(tx *node.Tx, cfg ipam.Config) (v4, v6 bool, err error) {
+	pools, _, err := ipam.Pools(tx, cfg)
+	v4, v6 = ipam.Families(pools)
 	if c.IPAM.AssignIPv4 != nil {
 		v4 = bool(*c.IPAM.AssignIPv4)
 	}
 	if c.IPAM.AssignIPv6 != nil {
 		v6 = bool(*c.IPAM.AssignIPv6)
 	}
-	return v4, v6
+	return v4, v6, err
 }
 
 // requested are the addresses that somebody asked for: the runtime's capability before args.cni before CNI_ARGS

@@ -51,7 +51,6 @@ func (p *Plugin) ipamAdd(ctx context.Context, env *Env, c *Config) (any, error) 
 	if err != nil {
 		return nil, err
 	}
-	v4, v6 := c.families(cfg)
 	db, err := node.Open(ctx, c.StateDir, c.nodeOptions())
 	if err != nil {
 		return nil, err
@@ -59,6 +58,10 @@ func (p *Plugin) ipamAdd(ctx context.Context, env *Env, c *Config) (any, error) 
 	defer db.Close()
 	r := &types100.Result{CNIVersion: types100.ImplementedSpecVersion, DNS: c.DNS}
 	err = db.Update(func(tx *node.Tx) error {
+		v4, v6, err := c.families(tx, cfg)
+		if err != nil {
+			return err
+		}
 		addrs, err := ipam.Assign(tx, cfg, ipam.Request{Key: env.key(c), Want: want, V4: v4, V6: v6})
 		for _, a := range addrs {
 			ip := &types100.IPConfig{}

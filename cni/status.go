@@ -48,8 +48,14 @@ func (p *Plugin) ipamStatus(ctx context.Context, c *Config) error {
 		return unavailable(err)
 	}
 	defer db.Close()
-	v4, v6 := c.families(cfg)
-	if err := db.View(func(tx *node.Tx) error { return ipam.Status(tx, cfg, v4, v6) }); err != nil {
+	err = db.View(func(tx *node.Tx) error {
+		v4, v6, err := c.families(tx, cfg)
+		if err != nil {
+			return err
+		}
+		return ipam.Status(tx, cfg, v4, v6)
+	})
+	if err != nil {
 		return unavailable(err)
 	}
 	return nil

@@ -16,6 +16,7 @@ type assignment struct {
 	tx       *node.Tx
 	pools    []api.IPPool
 	reserved []netip.Prefix
+	claimed  bool // out of the blocks that this node has
 	key      node.Key
 	got      []netip.Addr
 }
@@ -49,6 +50,9 @@ func (a *assignment) take(addr netip.Addr) error {
 	}
 	cidr := netip.PrefixFrom(addr, p.BlockSize).Masked()
 	b, err := a.tx.Block(cidr)
+	if errors.Is(err, node.ErrNotFound) && a.claimed {
+		return fmt.Errorf("%s: %w; ask for it on the node that has %s (caracalctl ipam show --show-blocks)", addr, ErrNotClaimed, cidr)
+	}
 	if errors.Is(err, node.ErrNotFound) {
 		b, err = node.Block{CIDR: cidr, Pool: p.CIDR}, nil
 	}
@@ -130,6 +134,9 @@ func (a *assignment) find(blocks []node.Block, v6 bool) (choice, error) {
 		if b, ok := claimed[netip.PrefixFrom(f, p.BlockSize).Masked()]; ok {
 			return choice{addr: f, block: b, waited: true}, nil
 		}
+	}
+	if a.claimed {
+		return choice{}, fmt.Errorf("%w; or this node's agent has not claimed another block yet (caracalctl node status)", exhausted(enabled, blocks, v6))
 	}
 	for _, p := range enabled {
 		for cidr, ok := netip.PrefixFrom(p.CIDR.Addr(), p.BlockSize), true; ok; {

@@ -24,6 +24,8 @@ var (
 	ErrOutsidePool = errors.New("address is in no pool")
 	// ErrReserved says that a requested address is reserved.
 	ErrReserved = errors.New("address is reserved")
+	// ErrNotClaimed says that a requested address is in a block that another node has, or nobody.
+	ErrNotClaimed = errors.New("address is in no block of this node")
 	// ErrPool says that a pool can't be used as it is written.
 	ErrPool = errors.New("unusable pool")
 )
@@ -86,16 +88,6 @@ func (c Config) Validate() error {
 		_, err = c.reservations()
 	}
 	return err
-}
-
-// Families tells which families the pools have.
-func (c Config) Families() (v4, v6 bool) {
-	pools, _ := c.pools()
-	for _, p := range pools {
-		v4 = v4 || p.CIDR.Addr().Is4()
-		v6 = v6 || p.CIDR.Addr().Is6()
-	}
-	return v4, v6
 }
 
 // Assign gives the attachment its addresses, IPv4 first. Repeated for an attachment that holds some already it returns
@@ -185,13 +177,17 @@ func Release(tx *node.Tx, key node.Key) ([]netip.Addr, error) { return tx.Releas
 // one, or cut its blocks in another size, as long as they hold addresses. Those that hold none are returned: they give
 // way.
 func begin(tx *node.Tx, cfg Config) (*assignment, []node.Block, error) {
-	pools, err := cfg.pools()
+	pools, claimed, err := Pools(tx, cfg)
 	if err != nil {
 		return nil, nil, err
 	}
 	reserved, err := cfg.reservations()
 	if err != nil {
 		return nil, nil, err
+	}
+	a := &assignment{tx: tx, pools: pools, reserved: reserved, claimed: claimed}
+	if claimed {
+		return a, nil, nil // who claims the blocks sees to that
 	}
 	blocks, err := tx.Blocks()
 	if err != nil {
@@ -213,5 +209,5 @@ func begin(tx *node.Tx, cfg Config) (*assignment, []node.Block, error) {
 			break
 		}
 	}
-	return &assignment{tx: tx, pools: pools, reserved: reserved}, empty, nil
+	return a, empty, nil
 }

@@ -193,7 +193,8 @@ func TestConfig(t *testing.T) {
 			if (err == nil) != test.ok || err != nil && !errors.Is(err, ErrPool) {
 				t.Fatalf("%v", err)
 			}
-			if has4, has6 := test.cfg.Families(); has4 != test.v4 || has6 != test.v6 {
+			pools, _ := test.cfg.pools()
+			if has4, has6 := Families(pools); has4 != test.v4 || has6 != test.v6 {
 				t.Errorf("families %t, %t", has4, has6)
 			}
 			if !test.ok {

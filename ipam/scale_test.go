@@ -64,7 +64,8 @@ func FuzzConfig(f *testing.F) {
 			cfg.Reservations = append(cfg.Reservations, r)
 		}
 		req := Request{Key: key(1)}
-		req.V4, req.V6 = cfg.Families()
+		pools, _ := cfg.pools()
+		req.V4, req.V6 = Families(pools)
 		if a, err := netip.ParseAddr(wanted); err == nil {
 			req.Want = append(req.Want, a)
 		}
