@@ -32,7 +32,7 @@ func TestClusterPools(t *testing.T) {
 	r.expect(Config{}, 6, Request{Want: []netip.Addr{netip.MustParseAddr("10.1.0.12")}}, "", ErrNotClaimed)
 	r.expect(Config{Pools: []api.IPPool{pool("10.9.0.0/24", 30)}}, 7, Request{V4: true}, "", ErrPool)
 	update(func(tx *node.Tx) error { return SetClusterPools(tx, nil) })
-	if _, err := r.assign(Config{Pools: cluster[:1]}, 8, Request{V4: true}); err != nil {
+	if _, err := r.assign(Config{Pools: cluster[:1]}, Request{Key: key(8), V4: true}); err != nil {
 		t.Errorf("out of the cluster again: %v", err)
 	}
 }
