@@ -2,11 +2,6 @@
 #pragma once
 #include "control.h"
 
-static __always_inline bool is_v4(const __u8 *a)
-{
-	return !cwords(a)[0] && (__u32)cwords(a)[1] == (__u32)V4_WORD;
-}
-
 static __always_inline bool is_multicast(const __u8 *a)
 {
 	if (is_v4(a)) // class D, and the limited broadcast address

@@ -17,10 +17,10 @@ static __always_inline int established(struct __sk_buff *ctx, struct packet *p, 
 	leg = p->side ? &f->leg[1] : &f->leg[0];
 	at = now();
 	to = READ_ONCE(*(__u64 *)&leg->to); // before the check, so that the check is about it
+	__builtin_memcpy(p->to.hop, leg->to.hop, 16);
 	barrier();
 	if (unlikely(!current(leg, p, ifindex_in, at)))
 		return VERDICT_NEXT;
-	__builtin_memcpy(p->to.mac, leg->to.mac, 12);
 	*(__u64 *)&p->to = to;
 	account(ctx, leg, at);
 	return forward_stage(ctx, p);
@@ -60,7 +60,7 @@ static __noinline int from_pod_slow(struct __sk_buff *ctx, struct packet *p, int
 		return arp_stage(ctx, pod, o.self);
 	if ((v = admit_stage(ctx, p, pod, o.self)))
 		return v;
-	if ((v = route_stage(p, o.self, &o.peer)))
+	if ((v = route_stage(ctx, p, o.self, &o.peer)))
 		return v;
 	o.ifindex = o.charged = ifindex;
 	o.entered = ENTERED_POD;
@@ -101,7 +101,6 @@ static __noinline int to_pod_slow(struct __sk_buff *ctx, struct packet *p)
 	__u32 ifindex = ctx->ifindex;
 	struct pod *pod = bpf_map_lookup_elem(&caracal_pods, &ifindex);
 	struct origin o = {};
-	struct route_key k = { .prefixlen = 128 };
 	struct route *r;
 	__u8 to[16] ADDRESS;
 	int v;
@@ -120,8 +119,7 @@ static __noinline int to_pod_slow(struct __sk_buff *ctx, struct packet *p)
 	o.charged = ifindex;
 	o.entered = ctx->ingress_ifindex ? ENTERED_STACK : ENTERED_HOST;
 	if (ctx->ingress_ifindex) { // another pod of this node, after translation?
-		__builtin_memcpy(k.address, source(p), 16);
-		r = bpf_map_lookup_elem(&caracal_routes, &k);
+		r = find_route(source(p));
 		if (r && r->kind == ROUTE_LOCAL_POD) {
 			__u32 from = r->ifindex;
 			struct pod *sender = bpf_map_lookup_elem(&caracal_pods, &from);
@@ -152,6 +150,110 @@ static __always_inline int to_pod_stages(struct __sk_buff *ctx, struct packet *p
 	return to_pod_slow(ctx, p);
 }
 
+// from_net_slow finds out whether a packet from the net is for a pod, and whether it may be. A flow goes through the
+// host's stack in both directions or in none, so only what comes from another host's block, to which the answer goes
+// straight, goes straight to the pod.
+static __noinline int from_net_slow(struct __sk_buff *ctx, struct packet *p)
+{
+	struct route *from, *to;
+	struct origin o = {};
+	struct flow *f;
+	int v;
+
+	if (ctx->pkt_type || p->flags & PKT_ND) // PACKET_HOST is 0
+		return STACK_OTHER;
+	from = find_route(source(p));
+	if (from && (from->kind == ROUTE_LOCAL_POD || from->kind == ROUTE_BLACKHOLE))
+		return DROP_SPOOF_NET;
+	to = find_route(destination(p));
+	if (to && to->kind == ROUTE_BLACKHOLE)
+		return DROP_NO_POD;
+	if (!to || to->kind != ROUTE_LOCAL_POD)
+		return STACK_OTHER;
+	if ((v = to_pod_stage(p, to, NULL, &o.peer)))
+		return v;
+	o.ifindex = ctx->ifindex;
+	o.charged = p->to.ifindex;
+	o.entered = ENTERED_NET;
+	if (p->flags & PKT_ICMP_ERROR) {
+		v = related(ctx, p, &o);
+		return v ? v : forward_stage(ctx, p);
+	}
+	if (!from || !straight(from, p->is_v6))
+		to_stack_stage(p);
+	f = find_flow(&p->key);
+	if (f && by_stack(f->entered)) {
+		struct flow_leg *leg = &f->leg[p->side & 1];
+
+		if (leg->epoch && !leg->ifindex_in) // to_pod follows it
+			return STACK_REPLY;
+	} else if (p->to.forward == FORWARD_TO_STACK || (f && f->leg[!p->side].to.forward == FORWARD_TO_STACK)) {
+		return STACK_ROUTED;
+	}
+	if ((v = track(ctx, p, &o)))
+		return v;
+	return forward_stage(ctx, p);
+}
+
+// What is wrong with a packet from the net is the host's stack's to find out when it is not for a pod, and to_pod's when
+// it is. So nothing that cannot be parsed is dropped here.
+static __always_inline int from_net_stages(struct __sk_buff *ctx, struct packet *p)
+{
+	struct state *s = node_state();
+	int v;
+
+	if (!s || s->version != SCHEMA_VERSION)
+		return STACK_OTHER;
+	p->epoch = READ_ONCE(s->epoch);
+	if (unlikely(parse(ctx, p)))
+		return STACK_OTHER;
+	if (likely(plain(ctx, p)) && likely(!ctx->pkt_type) && (v = established(ctx, p, ctx->ifindex)))
+		return v;
+	return from_net_slow(ctx, p);
+}
+
+// to_net_slow judges what the host's stack made of a pod's packet: translated, it belongs to a flow that from_pod does not
+// know.
+static __noinline int to_net_slow(struct __sk_buff *ctx, struct packet *p)
+{
+	struct route *from = find_route(source(p));
+	struct origin o = {};
+	__u8 to[16] ADDRESS;
+	struct flow *f;
+	struct pod *pod;
+	int v;
+
+	if (!from || from->kind != ROUTE_LOCAL_POD)
+		return STACK_OTHER;
+	o.charged = from->ifindex;
+	pod = bpf_map_lookup_elem(&caracal_pods, &o.charged);
+	__builtin_memcpy(to, destination(p), 16);
+	if (!pod || is_multicast(to))
+		return STACK_OTHER;
+	f = find_flow(&p->key);
+	if (f && f->leg[p->side & 1].epoch == p->epoch && f->leg[p->side & 1].ifindex_in == o.charged)
+		return FORWARD_JUDGED; // by from_pod, and not translated
+	o.self = &pod->slot[p->epoch & 1];
+	o.entered = ENTERED_STACK;
+	to_stack_stage(p);
+	p->to.forward = FORWARD_DELIVER;
+	if ((v = p->flags & PKT_ICMP_ERROR ? related(ctx, p, &o) : track(ctx, p, &o)))
+		return v;
+	return FORWARD_FROM_STACK;
+}
+
+static __always_inline int to_net_stages(struct __sk_buff *ctx, struct packet *p)
+{
+	struct state *s = node_state();
+
+	if (!ctx->ingress_ifindex || !s || s->version != SCHEMA_VERSION)
+		return STACK_OTHER;
+	p->epoch = READ_ONCE(s->epoch);
+	if (parse(ctx, p) || p->flags & PKT_ND)
+		return STACK_OTHER;
+	return to_net_slow(ctx, p);
+}
+
 SEC("tc")
 int from_pod(struct __sk_buff *ctx)
 {
@@ -166,6 +268,22 @@ int to_pod(struct __sk_buff *ctx)
 	struct packet p = { .hook = HOOK_TO_POD };
 
 	return finish(ctx, &p, to_pod_stages(ctx, &p));
+}
+
+SEC("tc")
+int from_net(struct __sk_buff *ctx)
+{
+	struct packet p = { .hook = HOOK_FROM_NET };
+
+	return finish(ctx, &p, from_net_stages(ctx, &p));
+}
+
+SEC("tc")
+int to_net(struct __sk_buff *ctx)
+{
+	struct packet p = { .hook = HOOK_TO_NET };
+
+	return finish(ctx, &p, ctx->mark & mark_judged ? FORWARD_JUDGED : to_net_stages(ctx, &p));
 }
 
 // What purge removes. Zero everywhere removes the expired flows only.

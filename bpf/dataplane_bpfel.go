@@ -41,6 +41,7 @@ const (
 	DataplaneFlowEntryENTERED_POD   DataplaneFlowEntry = 1
 	DataplaneFlowEntryENTERED_STACK DataplaneFlowEntry = 2
 	DataplaneFlowEntryENTERED_HOST  DataplaneFlowEntry = 3
+	DataplaneFlowEntryENTERED_NET   DataplaneFlowEntry = 4
 )
 
 type DataplaneFlowKey struct {
@@ -84,6 +85,7 @@ const (
 	DataplaneForwardFORWARD_SHAPED   DataplaneForward = 3
 	DataplaneForwardFORWARD_REPLY    DataplaneForward = 4
 	DataplaneForwardFORWARD_DELIVER  DataplaneForward = 5
+	DataplaneForwardFORWARD_TO_NET   DataplaneForward = 6
 )
 
 type DataplaneFragment struct {
@@ -110,9 +112,7 @@ type DataplaneNextHop struct {
 	Mtu     uint16
 	Forward DataplaneForward
 	Pad     uint8
-	Mac     [6]uint8
-	SrcMac  [6]uint8
-	Pad2    uint32
+	Hop     [16]uint8
 }
 
 type DataplanePod struct {
@@ -201,9 +201,11 @@ const (
 	DataplaneMapCaracalRoutes  = "caracal_routes"
 	DataplaneMapCaracalSlots   = "caracal_slots"
 	DataplaneMapCaracalState   = "caracal_state"
+	DataplaneProgFromNet       = "from_net"
 	DataplaneProgFromPod       = "from_pod"
 	DataplaneProgPlaceholder   = "placeholder"
 	DataplaneProgPurge         = "purge"
+	DataplaneProgToNet         = "to_net"
 	DataplaneProgToPod         = "to_pod"
 	DataplaneVarMarkJudged     = "mark_judged"
 	DataplaneVarTimeoutClosed  = "timeout_closed"
@@ -257,9 +259,11 @@ type DataplaneSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type DataplaneProgramSpecs struct {
+	FromNet     *ebpf.ProgramSpec `ebpf:"from_net"`
 	FromPod     *ebpf.ProgramSpec `ebpf:"from_pod"`
 	Placeholder *ebpf.ProgramSpec `ebpf:"placeholder"`
 	Purge       *ebpf.ProgramSpec `ebpf:"purge"`
+	ToNet       *ebpf.ProgramSpec `ebpf:"to_net"`
 	ToPod       *ebpf.ProgramSpec `ebpf:"to_pod"`
 }
 
@@ -355,17 +359,21 @@ type DataplaneVariables struct {
 //
 // It can be passed to LoadDataplaneObjects or ebpf.CollectionSpec.LoadAndAssign.
 type DataplanePrograms struct {
+	FromNet     *ebpf.Program `ebpf:"from_net"`
 	FromPod     *ebpf.Program `ebpf:"from_pod"`
 	Placeholder *ebpf.Program `ebpf:"placeholder"`
 	Purge       *ebpf.Program `ebpf:"purge"`
+	ToNet       *ebpf.Program `ebpf:"to_net"`
 	ToPod       *ebpf.Program `ebpf:"to_pod"`
 }
 
 func (p *DataplanePrograms) Close() error {
 	return _DataplaneClose(
+		p.FromNet,
 		p.FromPod,
 		p.Placeholder,
 		p.Purge,
+		p.ToNet,
 		p.ToPod,
 	)
 }

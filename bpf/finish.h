@@ -2,6 +2,20 @@
 #pragma once
 #include "admit.h"
 
+// send_on sends a packet out of an uplink. The kernel's neighbour table knows, or finds, the next host's MAC address.
+static __always_inline int send_on(struct __sk_buff *ctx, const struct packet *p)
+{
+	struct bpf_redir_neigh hop = { .nh_family = AF_INET6 };
+
+	__builtin_memcpy(hop.ipv6_nh, p->to.hop, 16);
+	if (is_v4(p->to.hop)) {
+		hop.nh_family = AF_INET;
+		hop.ipv4_nh = hop.ipv6_nh[3];
+	}
+	ctx->mark |= mark_judged; // for to_net
+	return bpf_redirect_neigh(p->to.ifindex, &hop, sizeof(hop), 0);
+}
+
 // finish counts and acts. "Pass" is TC_ACT_UNSPEC (= TCX_NEXT), so that other programs on the interface go on working.
 static __always_inline int finish(struct __sk_buff *ctx, const struct packet *p, int verdict)
 {
@@ -17,6 +31,8 @@ static __always_inline int finish(struct __sk_buff *ctx, const struct packet *p,
 	switch (verdict) {
 	case FORWARD_POD:
 		return bpf_redirect_peer(p->to.ifindex, 0);
+	case FORWARD_NET:
+		return send_on(ctx, p);
 	case ANSWER_ARP:
 	case ANSWER_ND:
 		return bpf_redirect(ctx->ifindex, 0);
@@ -30,6 +46,7 @@ static __always_inline int finish(struct __sk_buff *ctx, const struct packet *p,
 	case STACK_OPTIONS:
 	case STACK_PROTOCOL:
 	case STACK_ARP:
+	case STACK_OTHER:
 		if (p->mark)
 			ctx->mark |= mark_judged;
 		return TC_ACT_UNSPEC;

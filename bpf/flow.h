@@ -54,6 +54,19 @@ static __always_inline void uncharge(__u32 charged)
 		decrement(&q->flows);
 }
 
+static __always_inline struct flow *find_flow(const struct flow_key *k)
+{
+	struct flow *f = bpf_map_lookup_elem(&caracal_flows, k);
+
+	return f ? f : bpf_map_lookup_elem(&caracal_opens, k);
+}
+
+// by_stack tells whether packets first seen in this way came out of the host's stack, into which they are answered.
+static __always_inline bool by_stack(enum flow_entry entered)
+{
+	return entered == ENTERED_STACK || entered == ENTERED_HOST;
+}
+
 // remove_flow removes a confirmed flow; of several removers at once one gives back its charge.
 static __noinline long remove_flow(struct flow_key *k, struct flow *f)
 {
@@ -226,7 +239,7 @@ static __always_inline void stamp(struct flow_leg *leg, const struct packet *p, 
 	WRITE_ONCE(leg->epoch, 0);
 	barrier();
 	leg->ifindex_in = ifindex_in;
-	__builtin_memcpy(leg->to.mac, p->to.mac, 12);
+	__builtin_memcpy(leg->to.hop, p->to.hop, 16);
 	WRITE_ONCE(*(__u64 *)&leg->to, *(__u64 *)&p->to);
 	leg->bound = bound(p);
 	barrier();

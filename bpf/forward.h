@@ -22,8 +22,9 @@ static __always_inline bool oversize(struct __sk_buff *ctx, const struct packet 
 	return headers + ctx->gso_size > p->to.mtu;
 }
 
-// rewrite turns a packet into what a router sends on: new frame addresses, one hop fewer.
-static __always_inline int rewrite(struct __sk_buff *ctx, const struct packet *p)
+// rewrite turns a packet into what a router sends on: one hop fewer and, to a pod, new frame addresses. Those of what
+// leaves for the net come from the kernel's neighbour table.
+static __always_inline int rewrite(struct __sk_buff *ctx, const struct packet *p, int verdict)
 {
 	void *data = (void *)(long)ctx->data;
 	void *end = (void *)(long)ctx->data_end;
@@ -34,22 +35,24 @@ static __always_inline int rewrite(struct __sk_buff *ctx, const struct packet *p
 
 		if ((void *)(ip + 1) > end)
 			return DROP_REWRITE;
-		__builtin_memcpy(data, p->to.mac, 12);
+		if (verdict == FORWARD_POD)
+			__builtin_memcpy(data, p->to.hop, 12);
 		ip->hop_limit--;
 		// IPv6 has no header checksum to balance the change; matters only to CHECKSUM_COMPLETE.
 		bpf_csum_update(ctx, ~(__u32)bpf_htons(1));
-		return FORWARD_POD;
+		return verdict;
 	}
 
 	struct iphdr *ip = data + ETH_HLEN;
 
 	if ((void *)(ip + 1) > end)
 		return DROP_REWRITE;
-	__builtin_memcpy(data, p->to.mac, 12);
+	if (verdict == FORWARD_POD)
+		__builtin_memcpy(data, p->to.hop, 12);
 	ip->ttl--;
 	check = (__u32)ip->check + bpf_htons(0x0100); // RFC 1141
 	ip->check = check + (check >= 0xffff);
-	return FORWARD_POD;
+	return verdict;
 }
 
 // forward_stage sends a judged packet on by p->to. What needs more than a router's common work goes to the host's stack,
@@ -58,6 +61,7 @@ static __always_inline int forward_stage(struct __sk_buff *ctx, struct packet *p
 {
 	switch (p->to.forward) {
 	case FORWARD_TO_POD:
+	case FORWARD_TO_NET:
 		p->mark = 1; // for the ways out that follow
 		if (unlikely(p->flags & PKT_NO_PORTS))
 			return STACK_PROTOCOL;
@@ -67,7 +71,7 @@ static __always_inline int forward_stage(struct __sk_buff *ctx, struct packet *p
 			return STACK_TTL;
 		if (unlikely(oversize(ctx, p)))
 			return STACK_MTU;
-		return rewrite(ctx, p);
+		return p->to.forward == FORWARD_TO_POD ? rewrite(ctx, p, FORWARD_POD) : rewrite(ctx, p, FORWARD_NET);
 	case FORWARD_SHAPED:
 		p->mark = 1;
 		return STACK_SHAPED;

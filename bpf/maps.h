@@ -34,7 +34,7 @@ struct pod {
 };
 
 // caracal_pods: host veth ifindex -> the pod behind it.
-// Writer: plugin and agent (commit); from_pod (mac only). Reader: from_pod, to_pod, caracalctl pods.
+// Writer: plugin and agent (commit); from_pod (mac only). Reader: all hooks, caracalctl pods.
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 4096);
@@ -61,13 +61,13 @@ struct route_key {
 struct route {
 	enum route_kind kind;
 	__u8 flags;
-	__u16 mtu;         // bytes of IP packet; 0: the interface's
+	__u16 mtu;         // bytes of IP packet; 0: the interface's when a flow is judged
 	__u32 ifindex;     // out of which; 0: none
 	__u8 next_hop[16]; // :: where there is none
 };
 
 // caracal_routes: prefix -> how it is reached. No match means ROUTE_STACK.
-// Writer: plugin and agent (commit). Reader: from_pod, caracalctl routes.
+// Writer: plugin and agent (commit). Reader: all hooks, caracalctl routes.
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
 	__uint(max_entries, 262144);
@@ -92,7 +92,8 @@ enum PACKED forward {
 	FORWARD_TO_STACK, // the host's stack, not judged for what comes after it
 	FORWARD_SHAPED,   // the host's stack, judged for both ends
 	FORWARD_REPLY,    // the host's stack, through which the flow was opened
-	FORWARD_DELIVER,  // to_pod: on to the pod
+	FORWARD_DELIVER,  // to_pod, to_net: on to where the stack sends it
+	FORWARD_TO_NET,   // redirect_neigh out of ifindex
 };
 
 // Where a packet goes next. The first eight bytes are read and written as one word.
@@ -101,9 +102,7 @@ struct next_hop {
 	__u16 mtu;
 	enum forward forward;
 	__u8 pad;
-	__u8 mac[6];     // destination of the frame
-	__u8 src_mac[6]; // source of the frame
-	__u32 pad2;
+	__u8 hop[16] ADDRESS; // FORWARD_TO_POD: new destination and source MAC; FORWARD_TO_NET: the next host's address
 };
 
 // One direction of a flow. It lies on a cache line of its own, because each direction has its CPU.
@@ -122,6 +121,7 @@ enum PACKED flow_entry {
 	ENTERED_POD,   // first seen by from_pod
 	ENTERED_STACK, // first seen coming out of the host's stack, into which it answers
 	ENTERED_HOST,  // the same, sent by a process of this host: never judged
+	ENTERED_NET,   // first seen by from_net
 };
 
 enum PACKED flow_state {

@@ -38,6 +38,8 @@ func Programs(o *DataplaneObjects) map[string]*ebpf.Program {
 	return map[string]*ebpf.Program{
 		DataplaneProgFromPod:     o.FromPod,
 		DataplaneProgToPod:       o.ToPod,
+		DataplaneProgFromNet:     o.FromNet,
+		DataplaneProgToNet:       o.ToNet,
 		DataplaneProgPurge:       o.Purge,
 		DataplaneProgPlaceholder: o.Placeholder,
 	}

@@ -14,6 +14,9 @@
 #define READ_ONCE(x) (*(volatile typeof(x) *)&(x))
 #define WRITE_ONCE(x, v) (*(volatile typeof(x) *)&(x) = (v))
 
+#define AF_INET 2 // address families as the kernel numbers them
+#define AF_INET6 10
+
 #define PROTO_ICMP 1
 #define PROTO_IGMP 2
 #define PROTO_TCP 6
@@ -86,6 +89,11 @@ static __always_inline const __u8 *destination(const struct packet *p)
 static __always_inline bool same_address(const __u8 *x, const __u8 *y)
 {
 	return cwords(x)[1] == cwords(y)[1] && cwords(x)[0] == cwords(y)[0];
+}
+
+static __always_inline bool is_v4(const __u8 *a)
+{
+	return !cwords(a)[0] && (__u32)cwords(a)[1] == (__u32)V4_WORD;
 }
 
 static __always_inline void put_address(__u8 *to, __u64 hi, __u64 lo)

@@ -28,13 +28,17 @@ func LinkPath(dir, ifname, program string) string {
 	return filepath.Join(LinksDir(dir), strings.ReplaceAll(ifname, ".", ":")+"-"+program)
 }
 
-// AsidePath: /sys/fs/bpf/caracal~<pid>, where a process prepares what it then renames to path. No node's directory is
+// AsidePath: /sys/fs/bpf/caracal~<pid>, for example, where a process prepares what it then renames to path. No node's directory is
 // taken for one.
 func AsidePath(path string, pid int) string { return path + "~" + strconv.Itoa(pid) }
 
 // AsideOf is the path that AsidePath gave an aside for, and whether it is one.
 func AsideOf(aside string) (string, bool) {
-	path, pid, _ := strings.Cut(aside, "~")
+	i := strings.LastIndexByte(aside, '~') // the path may have one as well
+	if i < 0 {
+		return aside, false
+	}
+	path, pid := aside[:i], aside[i+1:]
 	_, err := strconv.ParseUint(pid, 10, 32)
 	return path, err == nil
 }

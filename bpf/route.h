@@ -13,30 +13,31 @@ static __always_inline bool holds(const struct pod_slot *slot, const __u8 *addre
 	return false;
 }
 
-// route_stage sets p->to from the destination. *peer becomes the pod that holds it, when it is one of this node's.
-static __always_inline int route_stage(struct packet *p, const struct pod_slot *self, const struct pod_slot **peer)
+static __always_inline struct route *find_route(const __u8 *address)
 {
 	struct route_key k = { .prefixlen = 128 };
-	struct route *r;
-	struct pod *pod;
-	const struct pod_slot *slot;
 
-	__builtin_memcpy(k.address, destination(p), 16);
-	p->to.forward = FORWARD_TO_STACK;
-	p->to.ifindex = 0;
-	p->to.mtu = 0;
-	r = bpf_map_lookup_elem(&caracal_routes, &k);
-	if (!r)
-		return VERDICT_NEXT;
-	switch (r->kind) {
-	case ROUTE_LOCAL_POD:
-		break;
-	case ROUTE_BLACKHOLE:
-	case ROUTE_POOL:
-		return DROP_NO_POD;
-	default:
-		return VERDICT_NEXT;
-	}
+	__builtin_memcpy(k.address, address, 16);
+	return bpf_map_lookup_elem(&caracal_routes, &k);
+}
+
+// straight tells whether packets of a family take a route without the host's stack. An IPv4 packet may have an IPv6 next
+// hop (RFC 8950), not the other way about.
+static __always_inline bool straight(const struct route *r, bool is_v6)
+{
+	__u8 hop[16] ADDRESS;
+
+	__builtin_memcpy(hop, r->next_hop, 16);
+	return r->kind == ROUTE_REMOTE && r->ifindex && (cwords(hop)[0] || cwords(hop)[1]) && !(is_v6 && is_v4(hop));
+}
+
+// to_pod_stage sets p->to from the route of a local pod. self is the sender, NULL when it is no pod of this node.
+static __always_inline int to_pod_stage(struct packet *p, const struct route *r, const struct pod_slot *self,
+					const struct pod_slot **peer)
+{
+	const struct pod_slot *slot;
+	struct pod *pod;
+
 	p->to.ifindex = r->ifindex;
 	pod = bpf_map_lookup_elem(&caracal_pods, &p->to.ifindex);
 	if (!pod)
@@ -46,7 +47,54 @@ static __always_inline int route_stage(struct packet *p, const struct pod_slot *
 		return DROP_NO_POD;
 	*peer = slot;
 	p->to.mtu = slot->mtu;
-	p->to.forward = (self->flags | slot->flags) & POD_SHAPED ? FORWARD_SHAPED : FORWARD_TO_POD;
-	__builtin_memcpy(p->to.mac, pod->mac, 12);
+	p->to.forward = ((self ? self->flags : 0) | slot->flags) & POD_SHAPED ? FORWARD_SHAPED : FORWARD_TO_POD;
+	__builtin_memcpy(p->to.hop, pod->mac, 12);
 	return VERDICT_NEXT;
+}
+
+// to_net_stage sets p->to from the route to another host's block.
+static __always_inline void to_net_stage(struct __sk_buff *ctx, struct packet *p, const struct route *r,
+					 const struct pod_slot *self)
+{
+	__u32 mtu = 0;
+
+	if (!straight(r, p->is_v6))
+		return;
+	p->to.mtu = r->mtu;
+	if (!r->mtu && bpf_check_mtu(ctx, r->ifindex, &mtu, 0, 0) >= 0)
+		p->to.mtu = mtu > 0xffff ? 0xffff : mtu;
+	p->to.ifindex = r->ifindex;
+	p->to.forward = self->flags & POD_SHAPED ? FORWARD_SHAPED : FORWARD_TO_NET;
+	__builtin_memcpy(p->to.hop, r->next_hop, 16);
+}
+
+// to_stack_stage sets p->to for a packet that no route leads elsewhere.
+static __always_inline void to_stack_stage(struct packet *p)
+{
+	__builtin_memset(&p->to, 0, sizeof(p->to));
+	p->to.forward = FORWARD_TO_STACK;
+}
+
+// route_stage sets p->to from the destination of a pod's packet. *peer becomes the pod that holds it, when it is one of
+// this node's.
+static __always_inline int route_stage(struct __sk_buff *ctx, struct packet *p, const struct pod_slot *self,
+				       const struct pod_slot **peer)
+{
+	struct route *r = find_route(destination(p));
+
+	to_stack_stage(p);
+	if (!r)
+		return VERDICT_NEXT;
+	switch (r->kind) {
+	case ROUTE_LOCAL_POD:
+		return to_pod_stage(p, r, self, peer);
+	case ROUTE_BLACKHOLE:
+	case ROUTE_POOL:
+		return DROP_NO_POD;
+	case ROUTE_REMOTE:
+		to_net_stage(ctx, p, r, self);
+		return VERDICT_NEXT;
+	default:
+		return VERDICT_NEXT;
+	}
 }

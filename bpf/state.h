@@ -4,8 +4,8 @@
 
 #define SECOND 1000000000ULL
 
-// Mark of packets that from_pod judged for both ends and left to the host's stack; to_pod lets them pass. A packet
-// loses its mark when it enters or leaves a pod, so no pod can set it.
+// Mark of packets that from_pod or from_net judged for both ends and left to the host's stack, or sent out of an uplink;
+// to_pod and to_net let them pass. A packet loses its mark when it enters or leaves a pod, so no pod can set it.
 volatile const __u32 mark_judged = 0x00100000;
 
 // How long a flow may be silent, in ns, before its place is taken by a new one.

@@ -14,7 +14,7 @@ struct origin {
 // reopens tells whether a packet starts a new connection in the place of flow f: a SYN, or an INIT of SCTP, when f is
 // over, or the other side had opened it, or it came the other way (a pod may take one port to a Service and to the pod
 // behind it in turn).
-static __always_inline bool reopens(const struct packet *p, const struct flow *f)
+static __always_inline bool reopens(const struct packet *p, const struct flow *f, const struct origin *o)
 {
 	bool starts = p->key.protocol == PROTO_TCP ? (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN
 						   : p->key.protocol == PROTO_SCTP && p->sctp_chunk == SCTP_INIT;
@@ -22,7 +22,7 @@ static __always_inline bool reopens(const struct packet *p, const struct flow *f
 	if (!starts)
 		return false;
 	return f->state == FLOW_CLOSED || f->state == FLOW_CLOSING || p->side != f->opener ||
-	       (p->hook == HOOK_FROM_POD) != (f->entered == ENTERED_POD);
+	       (by_stack(o->entered) ? !by_stack(f->entered) : o->entered != f->entered);
 }
 
 // oriented judges with the opener's side known.
@@ -35,7 +35,7 @@ static __always_inline int oriented(const struct origin *o, bool reply)
 // both directions and can undo its translation.
 static __always_inline void through(struct packet *p, const struct flow *f)
 {
-	if (p->hook == HOOK_FROM_POD && f->entered != ENTERED_POD) {
+	if ((p->hook == HOOK_FROM_POD || p->hook == HOOK_FROM_NET) && by_stack(f->entered)) {
 		p->to.forward = FORWARD_REPLY;
 		p->to.ifindex = 0;
 	}
@@ -97,7 +97,7 @@ static __noinline int track(struct __sk_buff *ctx, struct packet *p, struct orig
 		confirmed = f != NULL;
 	}
 	over = f && expired(&p->key, f, at);
-	if (f && (over || reopens(p, f))) {
+	if (f && (over || reopens(p, f, o))) {
 		// Judged before a living flow goes: a denied SYN must not end the connection whose ports it took.
 		if (!over && o->entered != ENTERED_HOST && (v = oriented(o, false)))
 			return v;
@@ -174,12 +174,13 @@ static __noinline int related(struct __sk_buff *ctx, struct packet *p, struct or
 		return DROP_ICMP_ERROR;
 	if (p->hook == HOOK_FROM_POD && !same_address(destination(&q), source(p)))
 		return DROP_ICMP_ERROR;
-	f = bpf_map_lookup_elem(&caracal_flows, &q.key);
-	if (!f)
-		f = bpf_map_lookup_elem(&caracal_opens, &q.key);
+	f = find_flow(&q.key);
 	if (!f)
 		return DROP_ICMP_ERROR;
 	through(p, f);
+	// What the quoted packet went through may have to translate the error as well.
+	if (p->hook == HOOK_FROM_NET && f->leg[q.side & 1].to.forward == FORWARD_TO_STACK)
+		to_stack_stage(p);
 	if (f->entered == ENTERED_HOST || o->entered == ENTERED_HOST)
 		return VERDICT_NEXT;
 	return oriented(o, q.side == f->opener); // it answers the packet it quotes

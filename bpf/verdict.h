@@ -7,8 +7,8 @@
 #define VERDICTS(X)                                                                                                    \
 	X(VERDICT_NEXT, "not decided")                                                                                 \
 	X(FORWARD_POD, "handed to a local pod's interface")                                                            \
-	X(FORWARD_FROM_STACK, "came out of the host's stack and went to the pod")                                      \
-	X(FORWARD_JUDGED, "came out of the host's stack after from_pod had judged it and went to the pod")             \
+	X(FORWARD_FROM_STACK, "came out of the host's stack and went to the pod, or to the net")                       \
+	X(FORWARD_JUDGED, "came out of the host's stack after it was judged and went to the pod, or to the net")       \
 	X(STACK_ROUTED, "left to the host's stack, which routes to its destination")                                   \
 	X(STACK_REPLY, "left to the host's stack, through which its flow was opened")                                  \
 	X(STACK_SHAPED, "left to the host's stack because one end's bandwidth is shaped")                              \
@@ -44,7 +44,10 @@
 	X(DROP_QUOTA, "new flow refused: the pod holds as many flows as it may")                                       \
 	X(DROP_FLOWS_FULL, "new flow refused: the flow table is full of live flows")                                   \
 	X(DROP_NO_STATE, "caracal_state is missing or of another version")                                             \
-	X(DROP_REWRITE, "could not be rewritten (out of memory)")
+	X(DROP_REWRITE, "could not be rewritten (out of memory)")                                                      \
+	X(FORWARD_NET, "sent out of an uplink to the next host")                                                       \
+	X(STACK_OTHER, "neither from nor to a pod of this node, as far as Caracal can tell: left alone")               \
+	X(DROP_SPOOF_NET, "came from the net with a source address of this node's pods or blocks")
 
 enum verdict {
 #define X(name, sentence) name,
@@ -56,7 +59,9 @@ enum verdict {
 // Where a packet was seen. Append-only.
 #define HOOKS(X)                                                                                                       \
 	X(HOOK_FROM_POD, "TC ingress of a pod's host interface: what the pod sends")                                   \
-	X(HOOK_TO_POD, "TC egress of a pod's host interface: what the host's stack sends to the pod")
+	X(HOOK_TO_POD, "TC egress of a pod's host interface: what the host's stack sends to the pod")                  \
+	X(HOOK_FROM_NET, "TC ingress of an uplink: what comes from other hosts")                                       \
+	X(HOOK_TO_NET, "TC egress of an uplink: what leaves for other hosts")
 
 enum hook {
 #define X(name, sentence) name,

@@ -12,8 +12,8 @@ const VerdictSpace = 64
 var Verdicts = []Word{
 	{"verdict_next", "not decided"},
 	{"forward_pod", "handed to a local pod's interface"},
-	{"forward_from_stack", "came out of the host's stack and went to the pod"},
-	{"forward_judged", "came out of the host's stack after from_pod had judged it and went to the pod"},
+	{"forward_from_stack", "came out of the host's stack and went to the pod, or to the net"},
+	{"forward_judged", "came out of the host's stack after it was judged and went to the pod, or to the net"},
 	{"stack_routed", "left to the host's stack, which routes to its destination"},
 	{"stack_reply", "left to the host's stack, through which its flow was opened"},
 	{"stack_shaped", "left to the host's stack because one end's bandwidth is shaped"},
@@ -50,10 +50,15 @@ var Verdicts = []Word{
 	{"drop_flows_full", "new flow refused: the flow table is full of live flows"},
 	{"drop_no_state", "caracal_state is missing or of another version"},
 	{"drop_rewrite", "could not be rewritten (out of memory)"},
+	{"forward_net", "sent out of an uplink to the next host"},
+	{"stack_other", "neither from nor to a pod of this node, as far as Caracal can tell: left alone"},
+	{"drop_spoof_net", "came from the net with a source address of this node's pods or blocks"},
 }
 
 // Hooks are the hooks by number.
 var Hooks = []Word{
 	{"from_pod", "TC ingress of a pod's host interface: what the pod sends"},
 	{"to_pod", "TC egress of a pod's host interface: what the host's stack sends to the pod"},
+	{"from_net", "TC ingress of an uplink: what comes from other hosts"},
+	{"to_net", "TC egress of an uplink: what leaves for other hosts"},
 }

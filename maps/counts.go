@@ -9,7 +9,7 @@ import (
 
 // Count is how many packets left the pipeline at one hook with one verdict.
 type Count struct {
-	Hook    string `json:"hook"`    // from_pod, to_pod
+	Hook    string `json:"hook"`    // from_pod, to_pod, from_net, to_net
 	Verdict string `json:"verdict"` // as in docs/maps.md, lower case
 	Meaning string `json:"meaning"`
 	Packets uint64 `json:"packets"` // wire segments

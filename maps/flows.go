@@ -22,7 +22,7 @@ type Flow struct {
 	Opener    netip.AddrPort `json:"opener"`
 	Responder netip.AddrPort `json:"responder"`
 	State     string         `json:"state"`   // opening, answered, open, closing, closed
-	Entered   string         `json:"entered"` // pod, stack, host
+	Entered   string         `json:"entered"` // pod, stack, host, net
 	Confirmed bool           `json:"confirmed"`
 	Age       time.Duration  `json:"age"`      // since it was opened, ns
 	Idle      time.Duration  `json:"idle"`     // since its last packet, ns
@@ -42,8 +42,8 @@ type Leg struct {
 var (
 	protocols = map[uint8]string{1: "icmp", 6: "tcp", 17: "udp", 58: "icmpv6", 132: "sctp"}
 	states    = []string{"new", "opening", "answered", "open", "closing", "closed"}
-	entries   = []string{"none", "pod", "stack", "host"}
-	forwards  = []string{"unset", "pod", "stack", "shaped", "reply", "deliver"}
+	entries   = []string{"none", "pod", "stack", "host", "net"}
+	forwards  = []string{"unset", "pod", "stack", "shaped", "reply", "deliver", "net"}
 )
 
 func word[T ~uint8](words []string, v T) string {
