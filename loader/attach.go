@@ -41,11 +41,18 @@ type hook struct {
 	clsact  tc.Direction
 }
 
-// hooks are all of them; from_pod first.
-var hooks = []hook{
-	{bpf.DataplaneProgFromPod, ebpf.AttachTCXIngress, tc.Ingress},
-	{bpf.DataplaneProgToPod, ebpf.AttachTCXEgress, tc.Egress},
-}
+// podHooks are those of a pod's host interface, from_pod first; netHooks are an uplink's.
+var (
+	podHooks = []hook{
+		{bpf.DataplaneProgFromPod, ebpf.AttachTCXIngress, tc.Ingress},
+		{bpf.DataplaneProgToPod, ebpf.AttachTCXEgress, tc.Egress},
+	}
+	netHooks = []hook{
+		{bpf.DataplaneProgFromNet, ebpf.AttachTCXIngress, tc.Ingress},
+		{bpf.DataplaneProgToNet, ebpf.AttachTCXEgress, tc.Egress},
+	}
+	hooks = slices.Concat(podHooks, netHooks)
+)
 
 // probeTCX asks the kernel for a TCX hook of an interface that does not exist: only one that knows TCX looks for it.
 func probeTCX() bool {
@@ -56,7 +63,7 @@ func probeTCX() bool {
 // Attach puts from_pod and to_pod onto the host end of a pod's veth. An interface that carries them already gets the
 // pinned ones; what a dead interface of that name left is replaced.
 func Attach(c tc.Conn, dir, ifname string, ifindex int, mode Mode) error {
-	for i, h := range hooks {
+	for i, h := range podHooks {
 		if err := attach(c, dir, ifname, ifindex, h, mode, i == 0); err != nil {
 			return err
 		}
@@ -117,20 +124,31 @@ func attachTCX(dir, ifname string, ifindex int, h hook, p *ebpf.Program) error {
 	// Over what a dead interface of that name may have left, in one step. A process killed between the two calls below
 	// leaves its link aside.
 	path := bpf.LinkPath(dir, ifname, h.program)
-	stale, err := filepath.Glob(path + "-*")
-	if err != nil {
-		return fmt.Errorf("look for stale links: %w", err)
+	if err := removeAsideLinks(path); err != nil {
+		return err
 	}
-	for _, s := range stale {
-		os.Remove(s)
-	}
-	aside := fmt.Sprintf("%s-%d", path, os.Getpid())
+	aside := bpf.AsidePath(path, os.Getpid())
 	if err := l.Pin(aside); err != nil {
 		return fmt.Errorf("pin link of %s to %s: %w", h.program, ifname, err)
 	}
 	if err := os.Rename(aside, path); err != nil {
 		os.Remove(aside)
 		return fmt.Errorf("pin link of %s to %s: %w", h.program, ifname, err)
+	}
+	return nil
+}
+
+// removeAsideLinks removes what killed processes left beside the link at path.
+func removeAsideLinks(path string) error {
+	entries, err := os.ReadDir(filepath.Dir(path))
+	if err != nil {
+		return fmt.Errorf("look for stale links: %w", err)
+	}
+	for _, e := range entries {
+		aside := filepath.Join(filepath.Dir(path), e.Name())
+		if of, ok := bpf.AsideOf(aside); ok && of == path {
+			os.Remove(aside)
+		}
 	}
 	return nil
 }
@@ -145,8 +163,13 @@ func update(l link.Link, p *ebpf.Program, ifname string) error {
 // Attached says how from_pod is attached, ByTCX or ByClsact; or, of either program, what is missing or not the pinned one, as
 // an error.
 func Attached(dir, ifname string, ifindex int) (string, error) {
+	return allAttached(dir, ifname, ifindex, podHooks)
+}
+
+// allAttached says how the first of the hooks is attached.
+func allAttached(dir, ifname string, ifindex int, all []hook) (string, error) {
 	how := ""
-	for _, h := range hooks {
+	for i, h := range all {
 		want, err := programID(dir, h.program)
 		if err != nil {
 			return "", err
@@ -160,7 +183,7 @@ func Attached(dir, ifname string, ifindex int) (string, error) {
 		case got != want:
 			return "", fmt.Errorf("program %s on %s has id %d, pinned is %d", h.program, ifname, got, want)
 		}
-		if h.program == bpf.DataplaneProgFromPod {
+		if i == 0 {
 			how = by
 		}
 	}
@@ -199,7 +222,7 @@ func Settle(dir, ifname string, ifindex int) error {
 	if !HasTCX() {
 		return nil
 	}
-	return settle(dir, ifname, ifindex, hooks[0])
+	return settle(dir, ifname, ifindex, podHooks[0])
 }
 
 func settle(dir, ifname string, ifindex int, h hook) error {
@@ -237,8 +260,10 @@ func settle(dir, ifname string, ifindex int, h hook) error {
 
 // Detach removes the pins of an interface's links. On an interface that lives this detaches the programs, which
 // takes an RCU grace period each; so remove the interface first. No pins are not an error.
-func Detach(dir, ifname string) error {
-	for _, h := range hooks {
+func Detach(dir, ifname string) error { return unpin(dir, ifname, podHooks) }
+
+func unpin(dir, ifname string, all []hook) error {
+	for _, h := range all {
 		if err := os.Remove(bpf.LinkPath(dir, ifname, h.program)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("remove link pin: %w", err)
 		}
@@ -246,8 +271,10 @@ func Detach(dir, ifname string) error {
 	return nil
 }
 
-// Links lists the interface names that have link pins in dir, each once, sorted.
-func Links(dir string) ([]string, error) {
+// Links lists the pods' interface names that have link pins in dir, each once, sorted.
+func Links(dir string) ([]string, error) { return linked(dir, podHooks) }
+
+func linked(dir string, all []hook) ([]string, error) {
 	entries, err := os.ReadDir(bpf.LinksDir(dir))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
@@ -257,7 +284,7 @@ func Links(dir string) ([]string, error) {
 	}
 	var names []string
 	for _, e := range entries {
-		for _, h := range hooks {
+		for _, h := range all {
 			if name, ok := bpf.LinkInterface(e.Name(), h.program); ok && !slices.Contains(names, name) {
 				names = append(names, name)
 			}

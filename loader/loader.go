@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -123,7 +124,7 @@ func lock(dir string) (unlock func(), err error) {
 
 // removeAsides removes what killed loaders of this node left beside its directory or its pins. Callers hold the lock.
 func removeAsides(dir string) error {
-	for _, parent := range []string{filepath.Dir(dir), bpf.ProgramsDir(dir)} {
+	for _, parent := range []string{filepath.Dir(dir), dir, bpf.ProgramsDir(dir)} {
 		entries, err := os.ReadDir(parent)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
@@ -134,7 +135,7 @@ func removeAsides(dir string) error {
 		for _, e := range entries {
 			path := filepath.Join(parent, e.Name())
 			of, ok := bpf.AsideOf(path)
-			if !ok || of != dir && parent != bpf.ProgramsDir(dir) {
+			if !ok || of != dir && parent == filepath.Dir(dir) {
 				continue
 			}
 			if err := os.RemoveAll(path); err != nil {
@@ -268,7 +269,7 @@ func pinAll(objects *bpf.DataplaneObjects, dir string) error {
 	return nil
 }
 
-// Unload takes the programs of the node in dir off its pods' interfaces and removes every pin, and dir. Run it in the
+// Unload takes the programs of the node in dir off its pods' interfaces and its uplinks and removes every pin, and dir. Run it in the
 // node's network namespace: clsact filters elsewhere stay until their interface goes. Nothing there is not an error.
 func Unload(dir string) error {
 	unlock, err := lock(dir)
@@ -298,44 +299,51 @@ func detachAll(dir string) error {
 		return fmt.Errorf("open pinned pods: %w", err)
 	}
 	defer pods.Close()
-	return eachFilter(pods, func(ifindex, hook int) error {
-		if err := tc.Here().Detach(ifindex, hooks[hook].clsact); err != nil {
-			return err
-		}
-		return tc.Here().RemoveClsact(ifindex)
-	})
+	all, err := interfaces()
+	if err != nil {
+		return err
+	}
+	return eachFilter(pods, all, hooks, removeFilter)
 }
 
-// eachFilter calls fn for every clsact filter, on the interfaces in pods, whose program uses this very map: an interface
-// of that number may be another node's. hook is an index of hooks.
-func eachFilter(pods *ebpf.Map, fn func(ifindex, hook int) error) error {
+func removeFilter(ifindex int, h hook) error {
+	if err := tc.Here().Detach(ifindex, h.clsact); err != nil {
+		return err
+	}
+	return tc.Here().RemoveClsact(ifindex)
+}
+
+// interfaces lists the interfaces of the calling thread's network namespace by index.
+func interfaces() ([]int, error) {
+	all, err := net.Interfaces()
+	if err != nil {
+		return nil, fmt.Errorf("list interfaces: %w", err)
+	}
+	var indexes []int
+	for _, l := range all {
+		indexes = append(indexes, l.Index)
+	}
+	return indexes, nil
+}
+
+// eachFilter calls fn for every clsact filter on these interfaces that is one of the hooks' programs and uses this very
+// pods map: another node's interface may have the same number.
+func eachFilter(pods *ebpf.Map, interfaces []int, all []hook, fn func(ifindex int, h hook) error) error {
 	info, err := pods.Info()
 	if err != nil {
 		return fmt.Errorf("read pods: %w", err)
 	}
 	own, _ := info.ID()
-	var (
-		ifindex uint32
-		pod     bpf.DataplanePod
-		all     []int
-	)
-	entries := pods.Iterate()
-	for entries.Next(&ifindex, &pod) {
-		all = append(all, int(ifindex))
-	}
-	if err := entries.Err(); err != nil {
-		return fmt.Errorf("list pods: %w", err)
-	}
-	for _, ifindex := range all {
-		for i, h := range hooks {
+	for _, ifindex := range interfaces {
+		for _, h := range all {
 			id, err := tc.Here().Attached(ifindex, h.clsact)
 			if err != nil {
 				return err
 			}
-			if id == 0 || !uses(ebpf.ProgramID(id), own) {
+			if id == 0 || !is(ebpf.ProgramID(id), h.program, own) {
 				continue
 			}
-			if err := fn(ifindex, i); err != nil {
+			if err := fn(ifindex, h); err != nil {
 				return err
 			}
 		}
@@ -343,8 +351,8 @@ func eachFilter(pods *ebpf.Map, fn func(ifindex, hook int) error) error {
 	return nil
 }
 
-// uses tells whether a loaded program uses a map.
-func uses(program ebpf.ProgramID, m ebpf.MapID) bool {
+// is tells whether a loaded program has this name and uses this map.
+func is(program ebpf.ProgramID, name string, m ebpf.MapID) bool {
 	p, err := ebpf.NewProgramFromID(program)
 	if err != nil {
 		return false
@@ -355,5 +363,5 @@ func uses(program ebpf.ProgramID, m ebpf.MapID) bool {
 		return false
 	}
 	ids, _ := info.MapIDs()
-	return slices.Contains(ids, m)
+	return info.Name == name && slices.Contains(ids, m)
 }

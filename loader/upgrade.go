@@ -42,11 +42,26 @@ func Upgrade(cfg Config) error {
 		}
 		pinned[name] = m
 	}
+	// Its size goes with the number of hooks.
+	old := pinned[bpf.DataplaneMapCaracalCounts]
+	grown := old.MaxEntries() < uint32(len(bpf.Hooks)*bpf.VerdictSpace)
+	if grown {
+		defer old.Close()
+		delete(pinned, bpf.DataplaneMapCaracalCounts)
+	}
 	objects, err := load(cfg, pinned)
 	if err != nil {
 		return err
 	}
 	defer objects.Close()
+	if grown {
+		if err := moveCounts(old, objects.CaracalCounts); err != nil {
+			return err
+		}
+		if err := replacePin(objects.CaracalCounts, bpf.MapPath(cfg.Dir, bpf.DataplaneMapCaracalCounts)); err != nil {
+			return err
+		}
+	}
 
 	// First the pins, so that interfaces attached from now on get the new programs; then the interfaces there are.
 	for name, p := range bpf.Programs(objects) {
@@ -60,8 +75,22 @@ func Upgrade(cfg Config) error {
 	return updateAll(cfg.Dir, objects)
 }
 
+// moveCounts copies what was counted. What the old programs count from here on until they are replaced is lost.
+func moveCounts(from, to *ebpf.Map) error {
+	var perCPU []bpf.DataplaneCount
+	for i := range from.MaxEntries() {
+		if err := from.Lookup(i, &perCPU); err != nil {
+			return fmt.Errorf("read count %d: %w", i, err)
+		}
+		if err := to.Put(i, perCPU); err != nil {
+			return fmt.Errorf("write count %d: %w", i, err)
+		}
+	}
+	return nil
+}
+
 // replacePin pins p at path in one step, whatever was pinned there.
-func replacePin(p *ebpf.Program, path string) error {
+func replacePin(p interface{ Pin(string) error }, path string) error {
 	aside := bpf.AsidePath(path, os.Getpid())
 	if err := p.Pin(aside); err != nil {
 		return fmt.Errorf("pin %s: %w", aside, err)
@@ -73,9 +102,9 @@ func replacePin(p *ebpf.Program, path string) error {
 	return nil
 }
 
-// updateAll puts the new programs onto every interface that caracal_pods knows.
+// updateAll puts the new programs onto every interface that carries the old ones.
 func updateAll(dir string, objects *bpf.DataplaneObjects) error {
-	names, err := Links(dir)
+	names, err := linked(dir, hooks)
 	if err != nil {
 		return err
 	}
@@ -86,8 +115,11 @@ func updateAll(dir string, objects *bpf.DataplaneObjects) error {
 			}
 		}
 	}
-	return eachFilter(objects.CaracalPods, func(ifindex, hook int) error {
-		h := hooks[hook]
+	all, err := interfaces()
+	if err != nil {
+		return err
+	}
+	return eachFilter(objects.CaracalPods, all, hooks, func(ifindex int, h hook) error {
 		return tc.Here().Attach(ifindex, h.clsact, h.program, bpf.Programs(objects)[h.program].FD())
 	})
 }
