@@ -41,6 +41,8 @@ type node struct {
 	ns   *netns.NS
 	dir  string
 	maps *maps.Maps
+	net  byte // its pods are 10.65.<net>.<index> and 2001:db8:0:<net>::<index>
+	up   int  // ifindex of its uplink
 }
 
 // pod is a namespace behind a veth of the node.
@@ -162,13 +164,17 @@ func (n *node) unwire(p *pod) {
 	})
 }
 
+func (n *node) podAddrs(index int) (v4, v6 netip.Addr) {
+	return netip.MustParseAddr(fmt.Sprintf("10.65.%d.%d", n.net, index)), netip.MustParseAddr(fmt.Sprintf("2001:db8:0:%x::%d", n.net, index))
+}
+
 // addPod wires a pod as the plugin does, without the plugin.
 func (n *node) addPod(name string, index int, mode loader.Mode, opts ...podOption) *pod {
 	n.t.Helper()
 	p := &pod{
 		name: name, hostIf: "cali-" + name, ns: newNS(n.t, n.name+"-"+name),
-		v4: netip.MustParseAddr(fmt.Sprintf("10.65.0.%d", index)), v6: netip.MustParseAddr(fmt.Sprintf("2001:db8::%d", index)),
 	}
+	p.v4, p.v6 = n.podAddrs(index)
 	p.commit = commit.Pod{
 		Addrs: []netip.Addr{p.v4, p.v6}, MAC: net.HardwareAddr{2, 0, 0, 0, 0, byte(index)}, HostMAC: gatewayMAC,
 		MTU: 1500, Network: "test",
@@ -253,10 +259,12 @@ func (p *pod) configure() error {
 	return p.receives()
 }
 
-// receives waits until the kernel's address worker has made the pod's addresses its own, which it does behind the back of
+func (p *pod) receives() error { return local(p.commit.Addrs...) }
+
+// local waits until the kernel's address worker has made addresses the namespace's own, which it does behind the back of
 // who adds an IPv6 address, without duplicate address detection too.
-func (p *pod) receives() error {
-	for _, a := range p.commit.Addrs {
+func local(addrs ...netip.Addr) error {
+	for _, a := range addrs {
 		for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
 			routes, err := netlink.RouteGet(a.AsSlice())
 			if err == nil && len(routes) == 1 && routes[0].Type == unix.RTN_LOCAL {
