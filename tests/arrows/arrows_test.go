@@ -22,7 +22,10 @@ var may = map[string][]string{
 	"loader": {"bpf"},
 	"node":   {"api"},
 	"ipam":   {"api", "node"},
+	"store":  {"api"},
 	"commit": {"maps", "node", "api", "policy"},
+	"bgp":    {},
+	"agent":  {"bgp", "store", "cni", "loader", "maps", "ipam", "node", "policy", "commit", "api"},
 	"cni":    {"loader", "maps", "ipam", "node", "policy", "commit", "api"},
 }
 
