@@ -59,6 +59,9 @@ func defaultConflist(cfg Config, h *Host) ([]byte, error) {
 		"nodename":     h.Name,
 		"ipam":         map[string]any{"type": "caracal-ipam", "ipv4_pools": h.file.IPv4Pools, "ipv6_pools": h.file.IPv6Pools},
 	}
+	if cfg.Cluster {
+		plugin["ipam"] = map[string]any{"type": "caracal-ipam"}
+	}
 	for k, v := range cfg.Plugin {
 		plugin[k] = v
 	}

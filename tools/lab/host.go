@@ -137,9 +137,13 @@ func (h *Host) Lab() *Lab { return h.lab }
 
 // Namespace is the host's network namespace to run things in.
 func (h *Host) Namespace() Namespace {
-	return Namespace{Netns: h.Netns(), env: append(h.lab.env(),
+	env := append(h.lab.env(),
 		"CARACAL_LAB_HOST="+h.Name, "CARACAL_STATE_DIR="+h.StateDir(), "CARACAL_BPFFS_DIR="+h.BPFDir(),
-		"CARACAL_BOOT_ID_FILE="+h.BootIDFile())}
+		"CARACAL_BOOT_ID_FILE="+h.BootIDFile(), "CARACAL_NODENAME="+h.Name, "CARACAL_SOCKET="+h.Socket())
+	if isFile(h.lab.storeFile()) {
+		env = append(env, "CARACAL_CONFIG="+h.lab.storeFile())
+	}
+	return Namespace{Netns: h.Netns(), env: env}
 }
 
 // SetBootID writes a new boot id, as a reboot does. See also Reboot.

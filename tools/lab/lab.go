@@ -67,6 +67,10 @@ type Config struct {
 	IPv4Pools, IPv6Pools []netip.Prefix
 	SharedPools          bool
 
+	// Cluster leaves the pools to the store that the hosts' agents share: the configuration list names none. See StartEtcd
+	// and StartAgent.
+	Cluster bool
+
 	// StaticRoutes gives each host the routes to the others' parts of the pools (what BGP would bring), in the kernel.
 	StaticRoutes bool
 
