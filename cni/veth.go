@@ -318,9 +318,7 @@ func family(a netip.Addr) int {
 // hostNet is the prefix of one address.
 func hostNet(a netip.Addr) *net.IPNet { return network(netip.PrefixFrom(a, a.BitLen())) }
 
-func network(p netip.Prefix) *net.IPNet {
-	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
-}
+func network(p netip.Prefix) *net.IPNet { return nl.Net(p) }
 
 // A sysctl's name here is its path below /proc/sys/net, which shows the calling thread's network namespace.
 func sysctlPath(name string) string { return "/proc/sys/net/" + name }

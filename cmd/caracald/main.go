@@ -3,7 +3,6 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -16,11 +15,10 @@ import (
 func main() { os.Exit(run()) }
 
 func run() int {
-	if name := filepath.Base(os.Args[0]); name != "caracalctl" {
-		fmt.Fprintf(os.Stderr, "%s: the agent is not part of this version; pods need none. For the operator's tool call this program caracalctl (ln -s caracald caracalctl)\n", name)
-		return ctl.ExitUsage
-	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
+	if filepath.Base(os.Args[0]) != "caracalctl" {
+		return runAgent(ctx, os.Args[1:])
+	}
 	return ctl.Run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr)
 }

@@ -4,6 +4,8 @@ package nl
 import (
 	"errors"
 	"fmt"
+	"net"
+	"net/netip"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -57,6 +59,24 @@ func ask(name string, index uint32, request uint) (*unix.Ifreq, error) {
 	defer unix.Close(fd)
 	r.SetUint32(index)
 	return r, unix.IoctlIfreq(fd, request, r)
+}
+
+// Net is a prefix as netlink's functions want it.
+func Net(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+}
+
+// Prefix is the inverse of Net; false for nil and for what is none.
+func Prefix(n *net.IPNet) (netip.Prefix, bool) {
+	if n == nil {
+		return netip.Prefix{}, false
+	}
+	a, ok := netip.AddrFromSlice(n.IP)
+	bits, size := n.Mask.Size()
+	if a = a.Unmap(); !ok || size != a.BitLen() {
+		return netip.Prefix{}, false
+	}
+	return netip.PrefixFrom(a, bits), true
 }
 
 // IsNotFound tells whether err means that a link does not exist.

@@ -1,5 +1,6 @@
 // Command demo is the quick tour: one simulated host, three pods wired by real CNI calls, and a look at everything that
-// carries their packets. It takes down what it built, also when it is interrupted.
+// carries their packets; then three hosts that find each other over BGP. It takes down what it built, also when it is
+// interrupted.
 package main
 
 import (
@@ -28,7 +29,7 @@ func main() {
 	}
 }
 
-func run(ctx context.Context) (err error) {
+func run(ctx context.Context) error {
 	if os.Geteuid() != 0 {
 		return errors.New("needs root: it makes network namespaces and loads eBPF programs")
 	}
@@ -36,23 +37,38 @@ func run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	l, err := lab.Up(ctx, lab.Config{Name: "demo", Caracal: filepath.Join(bin, "caracal")})
+	caracal := filepath.Join(bin, "caracal")
+	err = inLab(ctx, lab.Config{Name: "demo", Caracal: caracal}, func(l *lab.Lab) error {
+		return (&tour{ctx: ctx, host: l.Host(1), bin: bin}).walk()
+	})
+	if err != nil {
+		return err
+	}
+	err = inLab(ctx, lab.Config{Name: "demo", Caracal: caracal, Hosts: 3, Cluster: true}, func(l *lab.Lab) error {
+		return (&journey{ctx: ctx, lab: l}).walk()
+	})
+	if err == nil {
+		title("And nothing stays behind")
+		fmt.Println("no namespace, no link, no pin, no process, no file")
+	}
+	return err
+}
+
+// inLab does something in a lab of its own, takes it down and looks for what it left.
+func inLab(ctx context.Context, cfg lab.Config, do func(*lab.Lab) error) (err error) {
+	l, err := lab.Up(ctx, cfg)
 	if err != nil {
 		return err
 	}
 	defer func() {
-		title("And nothing stays behind")
 		down, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 		defer cancel()
 		err = errors.Join(err, l.Down(down))
 		if left := lab.Leftovers(l.Name); len(left) > 0 {
 			err = errors.Join(err, fmt.Errorf("left behind: %s", strings.Join(left, ", ")))
 		}
-		if err == nil {
-			fmt.Println("no namespace, no link, no pin, no process, no file")
-		}
 	}()
-	return (&tour{ctx: ctx, host: l.Host(1), bin: bin}).walk()
+	return do(l)
 }
 
 // tour is the demo at work. The first error ends it.

@@ -57,6 +57,7 @@ func usagef(format string, args ...any) error { return usageError{fmt.Errorf(for
 // globals are the flags of every command.
 type globals struct {
 	stateDir, bpffsDir, bootIDFile string
+	config, socket                 string
 	output                         format
 }
 
@@ -88,6 +89,8 @@ Reading commands change nothing. Exit code 0: done; 1: an error, or a check foun
 	f.StringVar(&g.stateDir, "state-dir", fromEnv("CARACAL_STATE_DIR", cni.DefaultStateDir), "`DIR` that holds node.db (env CARACAL_STATE_DIR)")
 	f.StringVar(&g.bpffsDir, "bpffs-dir", fromEnv("CARACAL_BPFFS_DIR", cni.DefaultBPFFSDir), "`DIR` that holds the pinned maps and programs (env CARACAL_BPFFS_DIR)")
 	f.StringVar(&g.bootIDFile, "boot-id-file", os.Getenv("CARACAL_BOOT_ID_FILE"), "`FILE` with the boot id of a simulated node (env CARACAL_BOOT_ID_FILE)")
+	f.StringVarP(&g.config, "config", "c", os.Getenv("CARACAL_CONFIG"), "`FILE` that says where resources are stored, shaped like calicoctl.cfg (env CARACAL_CONFIG); none: "+DefaultConfigFile+" or /etc/calico/calicoctl.cfg if there is one, else this machine alone")
+	f.StringVar(&g.socket, "socket", fromEnv("CARACAL_SOCKET", DefaultSocket), "the agent's `SOCKET` (env CARACAL_SOCKET)")
 	f.VarP(&g.output, "output", "o", "table, json or yaml")
 	complete(cmd, "output", formats...)
 	cmd.AddCommand(
@@ -96,6 +99,12 @@ Reading commands change nothing. Exit code 0: done; 1: an error, or a check foun
 		newFlowsCommand(g),
 		newCountersCommand(g),
 		newIPAMCommand(g),
+		newNodeCommand(g),
+		newBGPCommand(g),
+		newDatastoreCommand(g),
+		newApplyCommand(g),
+		newGetCommand(g),
+		newDeleteCommand(g),
 		newValidateCommand(g),
 		newVersionCommand(g),
 		newUpgradeCommand(g),

@@ -12,6 +12,7 @@ func newIPAMCommand(g *globals) *cobra.Command {
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newIPAMShowCommand(g), newIPAMCheckCommand(g), newIPAMReleaseCommand(g))
+	cmd.AddCommand(newIPAMShowCommand(g),
+		newIPAMBlocksCommand(g), newIPAMCheckCommand(g), newIPAMReleaseCommand(g))
 	return cmd
 }

@@ -62,6 +62,7 @@ With ADDRESS it shows which attachment holds it.`,
 		},
 	}
 	cmd.Flags().BoolVar(&o.blocks, "blocks", false, "also each block")
+	cmd.Flags().BoolVar(&o.blocks, "show-blocks", false, "the same, as calicoctl calls it")
 	return cmd
 }
 

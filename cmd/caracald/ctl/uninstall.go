@@ -23,7 +23,10 @@ import (
 )
 
 // stateFiles are what Caracal keeps in its state directory.
-var stateFiles = []string{"node.db", "node.db.new", "node.db.lock", "settle.lock", "lock"}
+var stateFiles = []string{
+	"node.db", "node.db.new", "node.boot", "node.boot.new", "node.broken", "node.db.lock", "settle.lock", "lock",
+	"store.db", "store.db.new", "store.db.lock",
+}
 
 // removal is one thing that uninstall removed, or would.
 type removal struct {

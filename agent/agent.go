@@ -1,0 +1,227 @@
+// Package agent is what caracald does: it makes one node equal to what the cluster's store says. It claims blocks for the
+// node, speaks BGP, and writes learned routes into the kernel maps and the kernel's own table. It only ever writes
+// differences, and nothing that it does not know stops: a pod runs, and a new one starts, while it is away.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	stdmaps "maps"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/caracal-net/caracal/bgp"
+	"github.com/caracal-net/caracal/loader"
+	"github.com/caracal-net/caracal/maps"
+	"github.com/caracal-net/caracal/node"
+	"github.com/caracal-net/caracal/store"
+)
+
+// Config is what an agent is told.
+type Config struct {
+	Node       string // this node's name in the store
+	StateDir   string
+	BPFFSDir   string
+	BootIDFile string // "": the kernel's
+	Socket     string // where caracalctl asks; "": nowhere
+	Health     string // address of /health, /liveness and /readiness; "": nowhere
+	Metrics    string // address of /metrics; "": nowhere
+
+	IPv4, IPv6 netip.Prefix // this node's addresses for its peers; zero: those of the interface with the default route
+	Uplinks    []string     // interfaces that other hosts are behind, as path.Match patterns; none: found by route
+	BGPPort    int          // 0: the BGPConfiguration's, or 179; -1: listen nowhere
+
+	Log *slog.Logger
+}
+
+const (
+	settleFor = 50 * time.Millisecond // changes that come together are looked at together
+	retryFrom = 500 * time.Millisecond
+	retryTo   = 15 * time.Second
+	localLook = 100 * time.Millisecond // how often node.db is looked at for what ADD and DEL did
+	rescan    = 10 * time.Second       // compare everything, whatever was missed
+)
+
+// Agent is one node's reconciler.
+type Agent struct {
+	Config
+	store   store.Store
+	cluster *cluster
+	maps    *maps.Maps
+	speaker *bgp.Speaker
+	routes  *routes
+	uplinks map[string]int // name -> ifindex, as attached
+
+	wake chan struct{}
+
+	mu          sync.Mutex
+	problems    map[string]Problem // by what they are about
+	ready       bool
+	own         []netip.Prefix // blocks of this node, as announced
+	uplinkNames []string
+	speaking    *bgp.Speaker // speaker, for those who ask
+}
+
+// Problem is something that is not as it should be. It goes when it is over.
+type Problem struct {
+	About string    `json:"about"`
+	Text  string    `json:"text"`
+	Since time.Time `json:"since"`
+}
+
+// Run works until ctx ends; then it lets go of its peers without taking its routes back. The error says what kept it from
+// starting.
+func Run(ctx context.Context, c Config, s store.Store) error {
+	a := &Agent{
+		Config: c, store: s, uplinks: make(map[string]int), wake: make(chan struct{}, 1), problems: make(map[string]Problem),
+	}
+	if a.Log == nil {
+		a.Log = slog.New(slog.DiscardHandler)
+	}
+	if err := a.prepare(); err != nil {
+		return err
+	}
+	defer a.maps.Close()
+	a.routes = newRoutes(a)
+	a.cluster = newCluster(a)
+	stop, err := a.serve(ctx)
+	if err != nil {
+		return err
+	}
+	defer stop()
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	wg.Go(func() { a.cluster.follow(ctx) })
+	wg.Go(func() { a.watchLocal(ctx) })
+	a.loop(ctx)
+	if a.speaker != nil {
+		return a.speaker.Close(true)
+	}
+	return nil
+}
+
+// prepare makes sure that the programs are loaded, so that there are maps to write.
+func (a *Agent) prepare() error {
+	if a.Node == "" {
+		return errors.New("this node has no name; give one (--node-name)")
+	}
+	if err := loader.Ensure(loader.Config{Dir: a.BPFFSDir, NodeID: a.Node[:min(len(a.Node), 31)]}); err != nil {
+		return err
+	}
+	var err error
+	a.maps, err = maps.Open(a.BPFFSDir)
+	return err
+}
+
+// changed asks for a look at everything.
+func (a *Agent) changed() {
+	select {
+	case a.wake <- struct{}{}:
+	default:
+	}
+}
+
+// loop reconciles until ctx ends: when something changed, again after an error, and now and then.
+func (a *Agent) loop(ctx context.Context) {
+	retry := retryFrom
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-a.wake:
+			select { // what comes together is done together
+			case <-time.After(settleFor):
+			case <-ctx.Done():
+				return
+			}
+		case <-timer.C:
+		}
+		next := rescan
+		if err := a.reconcile(ctx); err != nil && ctx.Err() == nil {
+			a.Log.Warn("reconcile", "error", err, "again in", retry)
+			next, retry = retry, min(2*retry, retryTo)
+		} else {
+			retry = retryFrom
+		}
+		timer.Reset(next)
+	}
+}
+
+// reconcile compares everything with what it should be. Each part does what it can, whatever another's trouble is.
+func (a *Agent) reconcile(ctx context.Context) error {
+	v, known := a.cluster.view()
+	if !known { // the store was never heard: what is there stays as it is
+		return nil
+	}
+	var errs []error
+	part := func(about string, err error) {
+		a.problem(about, err)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", about, err))
+		}
+	}
+	self, err := a.register(ctx, v)
+	part("node", err)
+	if err != nil {
+		return errors.Join(errs...)
+	}
+	own, err := a.claim(ctx, v)
+	part("blocks", err)
+	part("uplinks", a.attachUplinks(v, self))
+	part("node routes", a.setNode())
+	part("bgp", a.peer(ctx, v, self, own))
+	part("routes", a.routes.sync())
+	a.mu.Lock()
+	a.ready = len(errs) == 0
+	a.own, a.speaking = own, a.speaker
+	a.uplinkNames = slices.Sorted(stdmaps.Keys(a.uplinks))
+	a.mu.Unlock()
+	return errors.Join(errs...)
+}
+
+// problem notes what is wrong about something; nil: nothing any more.
+func (a *Agent) problem(about string, err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	old, had := a.problems[about]
+	switch {
+	case err == nil && had:
+		delete(a.problems, about)
+		a.Log.Info("over", "about", about, "was", old.Text)
+	case err != nil && (!had || old.Text != err.Error()):
+		since := time.Now()
+		if had {
+			since = old.Since
+		}
+		a.problems[about] = Problem{about, err.Error(), since}
+		a.Log.Warn("problem", "about", about, "error", err)
+	}
+}
+
+// watchLocal asks for a look whenever an ADD or a DEL wrote node.db.
+func (a *Agent) watchLocal(ctx context.Context) {
+	var last time.Time
+	tick := time.NewTicker(localLook)
+	defer tick.Stop()
+	for {
+		if t, err := node.Changed(a.StateDir); err == nil && !t.Equal(last) {
+			last = t
+			a.changed()
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (a *Agent) nodeOptions() node.Options { return node.Options{BootIDFile: a.BootIDFile} }

@@ -1,0 +1,155 @@
+package agent
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/caracal-net/caracal/api"
+	"github.com/caracal-net/caracal/internal/nl"
+	"github.com/caracal-net/caracal/node"
+	"github.com/caracal-net/caracal/store"
+)
+
+// InstanceAnnotation is on a Node resource: which host's agent it belongs to. Two hosts of one name are told apart by it.
+const InstanceAnnotation = "caracal.dev/instance"
+
+const instanceSetting = "agent/instance"
+
+// ErrName says that another host has this node's name or address.
+var ErrName = errors.New("another host has it")
+
+// register makes sure that this node's resource is in the store and says where it is, and returns it.
+func (a *Agent) register(ctx context.Context, v *view) (*api.Node, error) {
+	instance, err := a.instance(ctx)
+	if err != nil {
+		return nil, err
+	}
+	ip4, ip6, err := a.addresses()
+	if err != nil {
+		return nil, err
+	}
+	for name, n := range v.nodes {
+		if name == a.Node || n.BGP == nil {
+			continue
+		}
+		if ip4.IsValid() && n.BGP.IPv4Address.Addr() == ip4.Addr() || ip6.IsValid() && n.BGP.IPv6Address.Addr() == ip6.Addr() {
+			return nil, fmt.Errorf("address %s: %w: node %s; give one of them another, or remove that node (caracalctl delete node %s)", ip4.Addr(), ErrName, name, name)
+		}
+	}
+	key := "/nodes/" + a.Node
+	kv, exists := a.cluster.get(key)
+	meta := api.Metadata{Name: a.Node}
+	self := &api.Node{}
+	if exists {
+		if v.nodes[a.Node] == nil {
+			return nil, fmt.Errorf("its resource in the store can't be read; mend or remove it (caracalctl delete node %s)", a.Node)
+		}
+		meta = v.labels[a.Node]
+		*self = *v.nodes[a.Node]
+		if was := meta.Annotations[InstanceAnnotation]; was != "" && was != instance {
+			return nil, fmt.Errorf("name %s: %w (instance %s, this is %s); give this host another name (--node-name), or if that host is gone for good, remove it (caracalctl delete node %s)", a.Node, ErrName, was, instance, a.Node)
+		}
+	}
+	b := api.NodeBGP{}
+	if self.BGP != nil {
+		b = *self.BGP
+	}
+	b.IPv4Address, b.IPv6Address = ip4, ip6
+	if exists && meta.Annotations[InstanceAnnotation] == instance && self.BGP != nil && *self.BGP == b {
+		return self, nil
+	}
+	self.BGP = &b
+	annotations := map[string]string{InstanceAnnotation: instance}
+	for k, v := range meta.Annotations {
+		annotations[k] = v
+	}
+	meta.Annotations = annotations
+	annotations[InstanceAnnotation] = instance
+	kind, _ := api.FindKind("Node")
+	text, err := json.Marshal(api.Resource{Kind: kind, Metadata: meta, Spec: self})
+	if err != nil {
+		return nil, err
+	}
+	revision, err := a.put(ctx, key, text, kv, exists)
+	if err != nil {
+		return nil, err
+	}
+	a.cluster.wrote(store.KV{Key: key, Value: text, Revision: revision})
+	a.Log.Info("registered", "node", a.Node, "ipv4", ip4, "ipv6", ip6)
+	return self, nil
+}
+
+func (a *Agent) put(ctx context.Context, key string, value []byte, old store.KV, exists bool) (store.Revision, error) {
+	if exists {
+		return a.store.Update(ctx, key, value, old.Revision)
+	}
+	return a.store.Create(ctx, key, value)
+}
+
+// instance is this host's own mark, made once.
+func (a *Agent) instance(ctx context.Context) (id string, err error) {
+	db, err := node.Open(ctx, a.StateDir, a.nodeOptions())
+	if err != nil {
+		return "", err
+	}
+	defer db.Close()
+	if err := db.View(func(tx *node.Tx) error { id = tx.Setting(instanceSetting); return nil }); err != nil || id != "" {
+		return id, err
+	}
+	b := make([]byte, 8)
+	rand.Read(b) // never fails
+	id = hex.EncodeToString(b)
+	return id, db.Update(func(tx *node.Tx) error { return tx.PutSetting(instanceSetting, id) })
+}
+
+// addresses are this node's for its peers: the configured ones, or the first global ones of the interface with the default
+// route.
+func (a *Agent) addresses() (ip4, ip6 netip.Prefix, err error) {
+	ip4, ip6 = a.IPv4, a.IPv6
+	if ip4.IsValid() || ip6.IsValid() {
+		return ip4, ip6, nil
+	}
+	for _, to := range []netip.Addr{netip.MustParseAddr("203.0.113.1"), netip.MustParseAddr("2001:db8:ffff:ffff::1")} {
+		routes, err := netlink.RouteGet(to.AsSlice())
+		if err != nil || len(routes) == 0 {
+			continue
+		}
+		l, err := netlink.LinkByIndex(routes[0].LinkIndex)
+		if err != nil || l.Attrs().Name == "lo" {
+			continue
+		}
+		for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+			addrs, err := nl.Dump(func() ([]netlink.Addr, error) { return netlink.AddrList(l, family) })
+			if err != nil {
+				return ip4, ip6, fmt.Errorf("list addresses of %s: %w", l.Attrs().Name, err)
+			}
+			for _, found := range addrs {
+				p, ok := prefixOf(found)
+				switch {
+				case !ok || !p.Addr().IsGlobalUnicast():
+				case p.Addr().Is4() && !ip4.IsValid():
+					ip4 = p
+				case p.Addr().Is6() && !ip6.IsValid():
+					ip6 = p
+				}
+			}
+		}
+		if ip4.IsValid() || ip6.IsValid() {
+			return ip4, ip6, nil
+		}
+	}
+	return ip4, ip6, errors.New("no address of this host for its peers was found: there is no default route; give one (--ip 10.0.0.1/24)")
+}
+
+func prefixOf(a netlink.Addr) (netip.Prefix, bool) {
+	addr, ok := netip.AddrFromSlice(a.IP)
+	bits, _ := a.Mask.Size()
+	return netip.PrefixFrom(addr.Unmap(), bits), ok
+}

@@ -1,0 +1,289 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	stdmaps "maps"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/caracal-net/caracal/bgp"
+	"github.com/caracal-net/caracal/cni"
+	"github.com/caracal-net/caracal/commit"
+	"github.com/caracal-net/caracal/internal/nl"
+	"github.com/caracal-net/caracal/maps"
+	"github.com/caracal-net/caracal/node"
+)
+
+// routes takes what BGP learns to the kernel maps and to the kernel's own table, which mirrors them. A route that an
+// earlier agent of this node left stays until every peer has said what it has.
+type routes struct {
+	a       *Agent
+	rtnl    *netlink.Handle
+	written map[netip.Prefix]maps.Route // what is in the maps; nil: not read yet; sync's alone
+
+	mu      sync.Mutex
+	learned map[netip.Prefix]bgp.Route
+	dirty   map[netip.Prefix]bool // to be written, or to be taken away
+	whole   bool                  // every peer was heard, what is not learned goes
+	alarms  map[bgp.Alarm]Alarm
+}
+
+// Alarm is something that a peer did and that an operator must see. It is forgotten when it was not repeated for alarmFor.
+type Alarm struct {
+	Kind  string    `json:"kind"`
+	Peer  string    `json:"peer,omitempty"`
+	Text  string    `json:"text"`
+	Since time.Time `json:"since"`
+	Last  time.Time `json:"last"`
+}
+
+const alarmFor = 3 * time.Minute
+
+func newRoutes(a *Agent) *routes {
+	return &routes{
+		a: a, rtnl: &netlink.Handle{},
+		learned: make(map[netip.Prefix]bgp.Route), dirty: make(map[netip.Prefix]bool), alarms: make(map[bgp.Alarm]Alarm),
+	}
+}
+
+// Learned is called by the speaker.
+func (r *routes) Learned(route bgp.Route) {
+	r.mu.Lock()
+	r.learned[route.Prefix] = route
+	r.dirty[route.Prefix] = true
+	r.mu.Unlock()
+	r.a.changed()
+}
+
+// Withdrawn is called by the speaker.
+func (r *routes) Withdrawn(p netip.Prefix) {
+	r.mu.Lock()
+	delete(r.learned, p)
+	r.dirty[p] = true
+	r.mu.Unlock()
+	r.a.changed()
+}
+
+// Alarm is called by the speaker.
+func (r *routes) Alarm(al bgp.Alarm) {
+	now := time.Now()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	known, ok := r.alarms[al]
+	if !ok {
+		known = Alarm{Kind: al.Kind.String(), Text: al.Text, Since: now}
+		if al.Peer.IsValid() {
+			known.Peer = al.Peer.String()
+		}
+		r.a.Log.Warn("alarm", "kind", al.Kind, "peer", al.Peer, "text", al.Text)
+	}
+	known.Last = now
+	r.alarms[al] = known
+}
+
+// recent are the alarms of the last minutes, the oldest first.
+func (r *routes) recent() []Alarm {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	all := []Alarm{}
+	for key, al := range r.alarms {
+		if time.Since(al.Last) > alarmFor {
+			delete(r.alarms, key)
+			continue
+		}
+		all = append(all, al)
+	}
+	slices.SortFunc(all, func(x, y Alarm) int { return x.Since.Compare(y.Since) })
+	return all
+}
+
+// heardAll lets go of what no peer has any more.
+func (r *routes) heardAll() {
+	r.mu.Lock()
+	r.whole = true
+	r.mu.Unlock()
+	r.a.changed()
+}
+
+// sync writes what changed. What can't be written is tried again the next time.
+func (r *routes) sync() error {
+	r.mu.Lock()
+	whole := r.whole
+	r.whole = false
+	r.mu.Unlock()
+	var errs []error
+	if err := r.read(); err != nil {
+		return err
+	}
+	if whole {
+		if err := r.forgetOld(); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	r.mu.Lock()
+	todo := r.dirty
+	r.dirty = make(map[netip.Prefix]bool)
+	want := make(map[netip.Prefix]bgp.Route, len(todo))
+	for p := range todo {
+		if route, ok := r.learned[p]; ok {
+			want[p] = route
+		}
+	}
+	r.mu.Unlock()
+	for batch := range slices.Chunk(slices.Collect(stdmaps.Keys(todo)), batchSize) {
+		errs = append(errs, r.write(batch, want)...)
+	}
+	if len(errs) > 3 {
+		errs = append(errs[:3], fmt.Errorf("and %d more", len(errs)-3))
+	}
+	return errors.Join(errs...)
+}
+
+// batchSize is how many routes are written before ADD and DEL get their turn.
+const batchSize = 256
+
+// write writes some prefixes, under the node lock.
+func (r *routes) write(batch []netip.Prefix, want map[netip.Prefix]bgp.Route) (errs []error) {
+	lock, err := node.LockNode(context.Background(), r.a.StateDir)
+	if err == nil {
+		defer lock.Unlock()
+	}
+	hops := make(map[netip.Addr]hop)
+	for _, p := range batch {
+		failed := err
+		if route, ok := want[p]; failed == nil && ok {
+			failed = r.put(route, hops)
+		} else if failed == nil {
+			failed = r.remove(p)
+		}
+		if failed != nil {
+			errs = append(errs, failed)
+			r.mu.Lock()
+			r.dirty[p] = true
+			r.mu.Unlock()
+		}
+	}
+	return errs
+}
+
+// hop is how a next hop is reached.
+type hop struct {
+	ifindex, mtu int
+	err          error
+}
+
+func (r *routes) hop(to netip.Addr, known map[netip.Addr]hop) hop {
+	if h, ok := known[to]; ok {
+		return h
+	}
+	h := hop{}
+	found, err := r.rtnl.RouteGet(to.AsSlice())
+	switch {
+	case err != nil || len(found) == 0:
+		h.err = fmt.Errorf("next hop %s is unreachable: %w", to, err)
+	case found[0].Gw != nil:
+		h.err = fmt.Errorf("next hop %s is on no network of this host: a router lies in between", to)
+	default:
+		h.ifindex = found[0].LinkIndex
+		l, err := r.rtnl.LinkByIndex(h.ifindex)
+		if err != nil {
+			h.err = fmt.Errorf("interface to next hop %s: %w", to, err)
+		} else {
+			h.mtu = l.Attrs().MTU
+		}
+	}
+	known[to] = h
+	return h
+}
+
+// put writes a learned route: the kernel's table first, because packets that need the host's stack find it there.
+func (r *routes) put(route bgp.Route, hops map[netip.Addr]hop) error {
+	h := r.hop(route.NextHop, hops)
+	if h.err != nil {
+		return fmt.Errorf("route to %s: %w", route.Prefix, h.err)
+	}
+	k := &netlink.Route{
+		LinkIndex: h.ifindex, Dst: nl.Net(route.Prefix), Gw: route.NextHop.AsSlice(), Protocol: cni.RouteProtocol,
+	}
+	m := maps.Route{
+		Prefix: route.Prefix, Kind: maps.RouteRemote, IfIndex: uint32(h.ifindex), NextHop: route.NextHop, MTU: uint16(min(h.mtu, 65535)),
+	}
+	if r.written[route.Prefix] == m {
+		return nil
+	}
+	if err := r.rtnl.RouteReplace(k); err != nil {
+		return fmt.Errorf("add route to %s by %s: %w", route.Prefix, route.NextHop, err)
+	}
+	if err := commit.PutRemote(r.a.maps, m); err != nil {
+		return err
+	}
+	r.written[route.Prefix] = m
+	return nil
+}
+
+// read reads what an earlier agent has left in the maps.
+func (r *routes) read() error {
+	if r.written != nil {
+		return nil
+	}
+	list, err := r.a.maps.Routes()
+	if err != nil {
+		return err
+	}
+	r.written = make(map[netip.Prefix]maps.Route)
+	for _, m := range list {
+		if m.Kind == maps.RouteRemote {
+			r.written[m.Prefix] = m
+		}
+	}
+	return nil
+}
+
+func (r *routes) remove(p netip.Prefix) error {
+	if err := commit.RemoveRemote(r.a.maps, p); err != nil {
+		return err
+	}
+	delete(r.written, p)
+	err := r.rtnl.RouteDel(&netlink.Route{Dst: nl.Net(p), Protocol: cni.RouteProtocol, Table: unix.RT_TABLE_MAIN})
+	if err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("remove route to %s: %w", p, err)
+	}
+	return nil
+}
+
+// forgetOld marks what the kernel and the maps have of an earlier agent and no peer has said again.
+func (r *routes) forgetOld() error {
+	left := make(map[netip.Prefix]bool)
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		filter := &netlink.Route{Protocol: cni.RouteProtocol, Table: unix.RT_TABLE_MAIN}
+		list, err := nl.Dump(func() ([]netlink.Route, error) {
+			return r.rtnl.RouteListFiltered(family, filter, netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
+		})
+		if err != nil {
+			return fmt.Errorf("list routes: %w", err)
+		}
+		for _, k := range list {
+			if p, ok := nl.Prefix(k.Dst); ok && k.Gw != nil {
+				left[p] = true
+			}
+		}
+	}
+	for p := range r.written {
+		left[p] = true
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for p := range left {
+		if _, ok := r.learned[p]; !ok {
+			r.dirty[p] = true
+		}
+	}
+	return nil
+}

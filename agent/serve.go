@@ -1,0 +1,177 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/caracal-net/caracal/bgp"
+)
+
+// Status is what an agent says of itself, on its socket at /v1/status.
+type Status struct {
+	Node     string           `json:"node"`
+	Ready    bool             `json:"ready"`
+	Problems []Problem        `json:"problems"`
+	Alarms   []Alarm          `json:"alarms"`
+	Blocks   []netip.Prefix   `json:"blocks"`
+	Uplinks  []string         `json:"uplinks"`
+	Learned  int              `json:"learned"` // routes of other hosts
+	Peers    []bgp.PeerStatus `json:"peers"`
+}
+
+func (a *Agent) status() Status {
+	a.mu.Lock()
+	s := Status{Node: a.Node, Ready: a.ready, Blocks: slices.Clone(a.own), Problems: []Problem{}, Uplinks: slices.Clone(a.uplinkNames), Peers: []bgp.PeerStatus{}}
+	for _, about := range slices.Sorted(maps.Keys(a.problems)) {
+		s.Problems = append(s.Problems, a.problems[about])
+	}
+	speaker := a.speaking
+	a.mu.Unlock()
+	a.routes.mu.Lock()
+	s.Learned = len(a.routes.learned)
+	a.routes.mu.Unlock()
+	s.Alarms = a.routes.recent()
+	if speaker != nil {
+		s.Peers = speaker.Peers()
+	}
+	return s
+}
+
+// serve answers on the socket and on the health and metrics addresses until stop is called.
+func (a *Agent) serve(ctx context.Context) (stop func(), err error) {
+	var servers []*http.Server
+	stop = func() {
+		for _, s := range servers {
+			s.Close()
+		}
+	}
+	start := func(l net.Listener, h http.Handler) {
+		s := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second}
+		servers = append(servers, s)
+		go s.Serve(l) // ends when it is closed
+	}
+	if a.Socket != "" {
+		l, err := listenUnix(a.Socket)
+		if err != nil {
+			return nil, err
+		}
+		mux := http.NewServeMux()
+		mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", "application/json")
+			json.NewEncoder(w).Encode(a.status())
+		})
+		start(l, mux)
+	}
+	for _, at := range []struct {
+		address string
+		handler http.Handler
+	}{{a.Health, a.health()}, {a.Metrics, a.metrics()}} {
+		if at.address == "" {
+			continue
+		}
+		l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", at.address)
+		if err != nil {
+			stop()
+			return nil, fmt.Errorf("listen on %s: %w", at.address, err)
+		}
+		start(l, at.handler)
+	}
+	return stop, nil
+}
+
+// listenUnix listens on a socket that only root may use, in place of one that a killed agent left.
+func listenUnix(path string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, fmt.Errorf("make directory of socket: %w", err)
+	}
+	if c, err := net.Dial("unix", path); err == nil {
+		c.Close()
+		return nil, fmt.Errorf("%s: another agent answers there; one runs on a node", path)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("remove old socket: %w", err)
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		l.Close()
+		return nil, err
+	}
+	return l, nil
+}
+
+// health answers like calico-node's: liveness is that we answer, readiness that the node is as the store wants it. What is
+// wrong is in the body.
+func (a *Agent) health() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /liveness", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	ready := func(w http.ResponseWriter, _ *http.Request) {
+		s := a.status()
+		if s.Ready && len(s.Problems) == 0 {
+			fmt.Fprintln(w, "ok")
+			return
+		}
+		w.WriteHeader(http.StatusServiceUnavailable)
+		if len(s.Problems) == 0 {
+			fmt.Fprintln(w, "not done yet")
+		}
+		for _, p := range s.Problems {
+			fmt.Fprintf(w, "%s: %s\n", p.About, p.Text)
+		}
+	}
+	mux.HandleFunc("GET /readiness", ready)
+	mux.HandleFunc("GET /health", ready)
+	return mux
+}
+
+// metrics writes what Prometheus reads (text format 0.0.4).
+func (a *Agent) metrics() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/plain; version=0.0.4")
+		s := a.status()
+		gauge := func(name, help string, value int) {
+			fmt.Fprintf(w, "# HELP %s %s\n# TYPE %s gauge\n%s %d\n", name, help, name, name, value)
+		}
+		gauge("caracal_problems", "Things that are not as they should be.", len(s.Problems))
+		gauge("caracal_alarms", "Alarms of the last minutes.", len(s.Alarms))
+		gauge("caracal_blocks", "Blocks of this node.", len(s.Blocks))
+		gauge("caracal_routes_learned", "Routes learned from other hosts.", s.Learned)
+		up := 0
+		for _, p := range s.Peers {
+			if p.Info == "Established" {
+				up++
+			}
+		}
+		gauge("caracal_bgp_peers", "BGP peers.", len(s.Peers))
+		gauge("caracal_bgp_peers_established", "BGP peers with a session.", up)
+		if state, err := a.maps.State(); err == nil {
+			gauge("caracal_flows", "Confirmed flows.", int(state.Flows))
+			gauge("caracal_flows_max", "Places for flows.", int(state.MaxFlows))
+		}
+		counts, err := a.maps.Counts()
+		if err != nil {
+			return
+		}
+		fmt.Fprint(w, "# HELP caracal_packets_total Packets by hook and verdict.\n# TYPE caracal_packets_total counter\n")
+		for _, c := range counts {
+			if c.Packets > 0 {
+				fmt.Fprintf(w, "caracal_packets_total{hook=%q,verdict=%q} %d\n", c.Hook, strings.ToLower(c.Verdict), c.Packets)
+			}
+		}
+	})
+	return mux
+}

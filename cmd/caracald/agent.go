@@ -1,0 +1,96 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/caracal-net/caracal/agent"
+	"github.com/caracal-net/caracal/cmd/caracald/ctl"
+	"github.com/caracal-net/caracal/cni"
+)
+
+// runAgent runs the node's agent until ctx ends.
+func runAgent(ctx context.Context, args []string) int {
+	c := agent.Config{}
+	var config, level string
+	var ip4, ip6 string
+	cmd := &cobra.Command{
+		Use:   "caracald",
+		Short: "Caracal's agent on a node",
+		Long: `caracald makes this node equal to what the cluster's store says: it claims address blocks, peers with the other nodes over
+BGP, and writes the routes that it learns into the kernel maps and the kernel's own table. Pods run, and new ones start,
+while it is away. Called as caracalctl it is the operator's tool.
+
+Where the store is: ETCD_ENDPOINTS and the other variables of calicoctl, or a file shaped like calicoctl.cfg; with
+neither the store is a file of this machine alone.`,
+		Example: `  caracald
+  ETCD_ENDPOINTS=http://10.0.0.1:2379 caracald --node-name h1
+  caracald -c /etc/calico/calicoctl.cfg --ip 10.0.0.1/24 --uplink 'eth*'`,
+		Args:          cobra.NoArgs,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var l slog.Level
+			if err := l.UnmarshalText([]byte(level)); err != nil {
+				return fmt.Errorf("--log-level %q: debug, info, warn or error", level)
+			}
+			c.Log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: l}))
+			var err4, err6 error
+			c.IPv4, err4 = hostPrefix("--ip", ip4)
+			c.IPv6, err6 = hostPrefix("--ip6", ip6)
+			if err := errors.Join(err4, err6); err != nil {
+				return err
+			}
+			s, err := ctl.OpenStore(cmd.Context(), config, c.StateDir)
+			if err != nil {
+				return err
+			}
+			return errors.Join(agent.Run(cmd.Context(), c, s), s.Close())
+		},
+	}
+	host, _ := os.Hostname()
+	f := cmd.Flags()
+	f.StringVar(&c.Node, "node-name", env("CARACAL_NODENAME", env("NODENAME", host)), "this node's `NAME` in the cluster (env CARACAL_NODENAME, NODENAME)")
+	f.StringVar(&ip4, "ip", env("IP", ""), "this node's `ADDRESS/BITS` for its peers (env IP); none: that of the interface with the default route")
+	f.StringVar(&ip6, "ip6", env("IP6", ""), "likewise, IPv6 (env IP6)")
+	f.StringSliceVar(&c.Uplinks, "uplink", nil, "`PATTERN` of interfaces that other hosts are behind (repeatable); none: found by the routes to the peers")
+	f.IntVar(&c.BGPPort, "bgp-port", 0, "where BGP listens; 0: the BGPConfiguration's or 179; -1: nowhere")
+	f.StringVarP(&config, "config", "c", os.Getenv("CARACAL_CONFIG"), "`FILE` that says where the store is, shaped like calicoctl.cfg (env CARACAL_CONFIG)")
+	f.StringVar(&c.StateDir, "state-dir", env("CARACAL_STATE_DIR", cni.DefaultStateDir), "`DIR` that holds node.db (env CARACAL_STATE_DIR)")
+	f.StringVar(&c.BPFFSDir, "bpffs-dir", env("CARACAL_BPFFS_DIR", cni.DefaultBPFFSDir), "`DIR` that holds the pinned maps and programs (env CARACAL_BPFFS_DIR)")
+	f.StringVar(&c.BootIDFile, "boot-id-file", os.Getenv("CARACAL_BOOT_ID_FILE"), "`FILE` with the boot id of a simulated node (env CARACAL_BOOT_ID_FILE)")
+	f.StringVar(&c.Socket, "socket", env("CARACAL_SOCKET", ctl.DefaultSocket), "`SOCKET` on which caracalctl asks (env CARACAL_SOCKET)")
+	f.StringVar(&c.Health, "health", "127.0.0.1:9099", "`ADDRESS` of /health, /liveness and /readiness; empty: nowhere")
+	f.StringVar(&c.Metrics, "metrics", "127.0.0.1:9091", "`ADDRESS` of /metrics; empty: nowhere")
+	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
+	cmd.SetArgs(args)
+	if err := cmd.ExecuteContext(ctx); err != nil {
+		fmt.Fprintln(os.Stderr, "caracald:", err)
+		return ctl.ExitError
+	}
+	return ctl.ExitOK
+}
+
+func hostPrefix(flag, s string) (netip.Prefix, error) {
+	if s == "" || s == "autodetect" {
+		return netip.Prefix{}, nil
+	}
+	p, err := netip.ParsePrefix(s)
+	if err != nil {
+		return p, fmt.Errorf("%s %q: write it as 10.0.0.1/24", flag, s)
+	}
+	return p, nil
+}
+
+func env(name, otherwise string) string {
+	if v := os.Getenv(name); v != "" {
+		return v
+	}
+	return otherwise
+}
