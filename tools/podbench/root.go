@@ -54,7 +54,7 @@ type choice struct {
 func (o *choice) flags(c *cobra.Command, datapaths []string) {
 	self, _ := os.Executable()
 	f := c.Flags()
-	f.StringSliceVarP(&o.datapaths, "datapath", "d", datapaths, "built-in datapaths; ratios are to the first; NAME+500 has 500 more pods")
+	f.StringSliceVarP(&o.datapaths, "datapath", "d", datapaths, "built-in datapaths; ratios are to the first; NAME+500 has 500 more pods, ptp/2 and caracal/2 two hosts")
 	f.StringArrayVar(&o.conflists, "conflist", nil, "also the CNI configuration NAME=FILE (repeatable)")
 	f.StringVar(&o.cniPath, "cni-path", datapath.DefaultCNIPath, "directories with CNI plugins")
 	f.StringVar(&o.caracal, "caracal", filepath.Join(filepath.Dir(self), "caracal"), "the caracal plugin")

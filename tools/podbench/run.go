@@ -44,6 +44,7 @@ twoproc: a server and a client process, as users see it: udp, tcp, crr (connect,
 		Example: `  podbench run
   podbench run -d veth,caracal --protocol udp --rounds 400
   podbench run -d veth,caracal,caracal+500
+  podbench run -d ptp/2,caracal/2
   podbench run --raise-epoch 10 -o json > changing.json
   podbench run --mode twoproc --protocol tcp,crr,bulk
   podbench run --conflist mine=/etc/cni/net.d/10-mine.conflist --cni-path /opt/cni/bin`,
@@ -173,8 +174,10 @@ func (o *runOptions) disturb(ctx context.Context, nodes []*datapath.Node) (func(
 		}
 		return measure.During(ctx, "raise the epoch", o.raise, cpu, func(context.Context) error {
 			for _, n := range ours {
-				if err := datapath.RaiseEpoch(n.BPFDir()); err != nil {
-					return err
+				for _, dir := range n.BPFDirs() {
+					if err := datapath.RaiseEpoch(dir); err != nil {
+						return err
+					}
 				}
 			}
 			return nil

@@ -44,6 +44,7 @@ type Node struct {
 	pods    []*Pod
 	detach  []func() error
 	attach  string // redirect: how the program is attached
+	far     *Node  // the second host, when there is one
 	hostDel bool
 }
 
@@ -61,11 +62,11 @@ type Pod struct {
 // Start makes the node's host namespace and directory; no pod and no plugin yet.
 func (s Spec) Start(session *Session) (n *Node, err error) {
 	id := session.next()
-	n = &Node{Spec: s, Dir: filepath.Join(session.Dir, fmt.Sprintf("%s-%d", s.Name, id)), session: session}
+	n = &Node{Spec: s, Dir: filepath.Join(session.Dir, fmt.Sprintf("%s-%d", fileName(s.Name), id)), session: session}
 	if err := os.Mkdir(n.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("create directory of datapath %s: %w", s.Name, err)
 	}
-	if n.name, n.host, err = session.namespace(fmt.Sprintf("%s-%d-host", s.Name, id)); err != nil {
+	if n.name, n.host, err = session.namespace(fmt.Sprintf("%s-%d-host", fileName(s.Name), id)); err != nil {
 		return nil, err
 	}
 	session.mu.Lock()
@@ -87,11 +88,25 @@ func (s Spec) Start(session *Session) (n *Node, err error) {
 	return n, nil
 }
 
+// fileName is a datapath's name as part of a namespace's name and of a directory's.
+func fileName(name string) string { return strings.NewReplacer("+", ".", "/", ".").Replace(name) }
+
 // BPFDir is where a caracal plugin of this node pins its maps.
 func (n *Node) BPFDir() string { return filepath.Join(n.Dir, "bpf", "caracal") }
 
+// BPFDirs are those of all hosts.
+func (n *Node) BPFDirs() []string {
+	if n.far == nil {
+		return []string{n.BPFDir()}
+	}
+	return []string{n.BPFDir(), n.far.BPFDir()}
+}
+
 // Pair makes the two pods whose packets are measured, attached and ready for traffic.
 func (n *Node) Pair(ctx context.Context) (a, b *Pod, err error) {
+	if n.Spec.Hosts == 2 {
+		return n.pairOfHosts(ctx)
+	}
 	if a, err = n.NewPod(); err != nil {
 		return nil, nil, err
 	}
@@ -131,7 +146,7 @@ func (n *Node) Fill(ctx context.Context, progress func(done, total int, what str
 
 // NewPod makes a pod's namespace with its loopback interface up, not attached to anything.
 func (n *Node) NewPod() (*Pod, error) {
-	name, ns, err := n.session.namespace(fmt.Sprintf("%s-%d", strings.ReplaceAll(n.Spec.Name, "+", "."), n.session.next()))
+	name, ns, err := n.session.namespace(fmt.Sprintf("%s-%d", fileName(n.Spec.Name), n.session.next()))
 	if err != nil {
 		return nil, err
 	}
@@ -259,7 +274,7 @@ func (n *Node) attachment(p *Pod) (string, error) {
 	if p.parent == 0 {
 		return kind, nil
 	}
-	return kind, n.host.Do(func() (err error) {
+	return kind, p.node.host.Do(func() (err error) {
 		if _, err := netlink.LinkByIndex(p.parent); nl.IsNotFound(err) {
 			return nil // the parent is elsewhere, as with host-device
 		}

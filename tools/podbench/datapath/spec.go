@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -19,6 +20,8 @@ const DefaultCNIPath = "/opt/cni/bin:/usr/lib/cni"
 
 // DirPlaceholder in a CNI configuration is replaced by a directory that is private to the node under test.
 const DirPlaceholder = "@DIR@"
+
+const subnetPlaceholder = "@SUBNET@" // in the built-in configurations
 
 var (
 	// ErrPluginMissing says that a plugin's binary is in none of the directories of the CNI path.
@@ -47,9 +50,11 @@ type Spec struct {
 	Kind    string
 	Attach  string   // redirect: "tcx", "clsact" or "" for TCX with clsact as the fallback
 	Beside  int      // cni: pods that exist beside those that are measured
+	Hosts   int      // cni: 2: each of those that are measured has a host of its own; 0 or 1: one host for both
 	CNIPath []string // cni: directories of plugins, first match wins
 
-	conf map[string]any // cni: the configuration list, with DirPlaceholder in it
+	conf map[string]any // cni: the configuration list, with DirPlaceholder and subnetPlaceholder in it
+	host int            // which of Hosts
 }
 
 // Options of Builtin and FromConflist.
@@ -60,9 +65,17 @@ type Options struct {
 
 var validName = regexp.MustCompile(`^[a-z0-9][a-z0-9_.-]{0,31}$`)
 
-// Builtin returns one of Names, or NAME+N: one of them that is a plugin's, with N pods beside those that are measured. The
-// error is ErrUnknown or ErrPluginMissing.
+// Builtin returns one of Names; or NAME+N: one of them that is a plugin's, with N pods beside those that are measured; or
+// NAME/2: ptp or caracal, on two hosts joined by a veth pair. The error is ErrUnknown or ErrPluginMissing.
 func Builtin(name string, opts Options) (Spec, error) {
+	if base, ok := strings.CutSuffix(name, "/2"); ok {
+		spec, err := builtin(base, opts)
+		if err == nil && base != "ptp" && base != "caracal" {
+			err = fmt.Errorf("%w %q: of two hosts there are ptp and caracal", ErrUnknown, name)
+		}
+		spec.Name, spec.Hosts = name, 2
+		return spec, err
+	}
 	base, more, full := strings.Cut(name, "+")
 	if !full {
 		return builtin(name, opts)
@@ -87,7 +100,7 @@ func builtin(name string, opts Options) (Spec, error) {
 	hostLocal := map[string]any{
 		"type":    "host-local",
 		"dataDir": DirPlaceholder + "/ipam",
-		"ranges":  []any{[]any{map[string]any{"subnet": "10.244.0.0/16"}}},
+		"ranges":  []any{[]any{map[string]any{"subnet": subnetPlaceholder}}},
 		"routes":  []any{map[string]any{"dst": "0.0.0.0/0"}},
 	}
 	spec := Spec{Name: name, Kind: KindCNI, CNIPath: path}
@@ -115,7 +128,7 @@ func builtin(name string, opts Options) (Spec, error) {
 			"log_level": "warning",
 			"state_dir": DirPlaceholder + "/state",
 			"bpffs_dir": DirPlaceholder + "/bpf/caracal",
-			"ipam":      map[string]any{"type": "caracal-ipam", "ipv4_pools": []any{"10.244.0.0/16"}},
+			"ipam":      map[string]any{"type": "caracal-ipam", "ipv4_pools": []any{subnetPlaceholder}},
 		}
 	default:
 		return Spec{}, fmt.Errorf("%w %q: known are %s; others by --conflist NAME=FILE", ErrUnknown, name, strings.Join(Names(), ", "))
@@ -261,13 +274,22 @@ func (s Spec) check() error {
 	return nil
 }
 
+// subnet is where the host's pods get their addresses.
+func (s Spec) subnet() netip.Prefix {
+	if s.Hosts < 2 {
+		return netip.MustParsePrefix("10.244.0.0/16")
+	}
+	return netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 244, byte(s.host) * 128, 0}), 17)
+}
+
 // list renders the configuration for a node whose private directory is dir.
 func (s Spec) list(dir string) (*libcni.NetworkConfigList, error) {
 	raw, err := json.Marshal(s.conf)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrBadConflist, err)
 	}
-	list, err := libcni.NetworkConfFromBytes([]byte(strings.ReplaceAll(string(raw), DirPlaceholder, dir)))
+	replace := strings.NewReplacer(DirPlaceholder, dir, subnetPlaceholder, s.subnet().String())
+	list, err := libcni.NetworkConfFromBytes([]byte(replace.Replace(string(raw))))
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrBadConflist, err)
 	}

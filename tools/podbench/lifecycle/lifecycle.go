@@ -50,6 +50,9 @@ func Measure(ctx context.Context, session *datapath.Session, specs []datapath.Sp
 		if s.Kind != datapath.KindCNI {
 			return nil, fmt.Errorf("datapath %s has no plugin to measure", s.Name)
 		}
+		if s.Hosts > 1 {
+			return nil, fmt.Errorf("datapath %s: ADD is measured on one host", s.Name)
+		}
 		b, err := start(ctx, session, s, opts)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", s.Name, err)
