@@ -6,10 +6,10 @@ import (
 	"os"
 
 	"github.com/caracal-net/caracal/store"
-	"github.com/caracal-net/caracal/store/bolt"
+	"github.com/caracal-net/caracal/store/config"
 )
 
-// DefaultConfigFile is where the store is said, as for calicoctl.
+// DefaultConfigFile is where the store is said, if there is one; else calicoctl's is looked for.
 const DefaultConfigFile = "/etc/caracal/caracalctl.cfg"
 
 // withStore opens the store for one command.
@@ -21,10 +21,23 @@ func (g *globals) withStore(ctx context.Context, fn func(store.Store) error) err
 	return errors.Join(fn(s), s.Close())
 }
 
-// OpenStore opens the store of this machine alone.
-func OpenStore(_ context.Context, file, stateDir string) (store.Store, error) {
-	if file != "" || os.Getenv("ETCD_ENDPOINTS") != "" {
-		return nil, errors.New("this version knows only the store of one machine; leave --config and ETCD_ENDPOINTS out")
+// OpenStore opens the store that the environment or a file names; where neither does, the one of this machine alone, in
+// its state directory.
+func OpenStore(ctx context.Context, file, stateDir string) (store.Store, error) {
+	if file == "" {
+		for _, f := range []string{DefaultConfigFile, config.CalicoFile} {
+			if _, err := os.Stat(f); err == nil {
+				file = f
+				break
+			}
+		}
 	}
-	return bolt.Open(stateDir, bolt.Options{})
+	c, err := config.Parse(os.Getenv, file)
+	if err != nil {
+		return nil, err
+	}
+	if os.Getenv(config.Variable) == "" {
+		c.Dir = stateDir
+	}
+	return config.Open(ctx, c)
 }
