@@ -86,6 +86,9 @@ func (s *Speaker) sessionEvent(a netip.Addr, state apipb.PeerState_SessionState)
 		n.status.LastError = ""
 	}
 	was := n.established
+	if was && !up && n.status.LastError == "" {
+		n.status.LastError = formatf("session with %s: the connection broke", a)
+	}
 	n.established = up
 	s.mu.Unlock()
 	switch {

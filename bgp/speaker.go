@@ -9,7 +9,9 @@ import (
 	"log/slog"
 	"maps"
 	"net/netip"
+	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -37,14 +39,17 @@ var (
 
 // Config is what a speaker is for its whole life.
 type Config struct {
-	ASN             uint32       // our autonomous system, 4 bytes
-	RouterID        netip.Addr   // our BGP identifier: IPv4, different from every peer's
-	NextHop6        netip.Addr   // next hop of our IPv6 prefixes; zero: our address of the session, and none of IPv6 over IPv4
-	ListenAddresses []netip.Addr // none: all
-	ListenPort      int          // 0: DefaultPort; -1: listen nowhere
-	HoldTime        time.Duration
-	RestartTime     time.Duration // how long peers keep our routes when we are gone, and at most Synced takes
-	Log             *slog.Logger  // nil: slog.Default()
+	ASN             uint32        // our autonomous system, 4 bytes
+	RouterID        netip.Addr    // our BGP identifier: IPv4, different from every peer's
+	NextHop6        netip.Addr    // next hop of our IPv6 prefixes; zero: our address of the session, and none of IPv6 over IPv4
+	ListenAddresses []netip.Addr  // none: all
+	ListenPort      int           // 0: DefaultPort; -1: listen nowhere
+	HoldTime        time.Duration // 0: DefaultHoldTime
+
+	// RestartTime is how long peers keep our routes when we are gone, and the longest that Synced takes. GoBGP lets a broken
+	// session rest for 5 s, so less than 10 s does not bridge a break.
+	RestartTime time.Duration // 0: DefaultRestartTime
+	Log         *slog.Logger  // nil: slog.Default()
 }
 
 // Speaker is a running BGP speaker. Its methods may be called concurrently.
@@ -111,7 +116,7 @@ func (s *Speaker) start(ctx context.Context) error {
 	for _, a := range s.config.ListenAddresses {
 		global.ListenAddresses = append(global.ListenAddresses, a.String())
 	}
-	if err := s.server.StartBgp(ctx, &apipb.StartBgpRequest{Global: global}); err != nil {
+	if err := withoutMPTCP(func() error { return s.server.StartBgp(ctx, &apipb.StartBgpRequest{Global: global}) }); err != nil {
 		return fmt.Errorf("start BGP on port %d: %w", s.config.ListenPort, err)
 	}
 	err := s.setPolicies(nil)
@@ -137,6 +142,28 @@ func (s *Speaker) start(ctx context.Context) error {
 		return fmt.Errorf("start BGP: %w", err)
 	}
 	return nil
+}
+
+// listening guards the environment while sockets are made.
+var listening sync.Mutex
+
+// withoutMPTCP calls fn with Go's listeners being plain TCP. On their default, MPTCP, the kernel takes neither a TTL nor an
+// MD5 password, and GoBGP does not ask for anything else.
+func withoutMPTCP(fn func() error) error {
+	listening.Lock()
+	defer listening.Unlock()
+	before, set := os.LookupEnv("GODEBUG")
+	if err := os.Setenv("GODEBUG", strings.TrimPrefix(before+",multipathtcp=0", ",")); err != nil {
+		return fmt.Errorf("turn MPTCP off: %w", err)
+	}
+	defer func() {
+		if set {
+			_ = os.Setenv("GODEBUG", before)
+		} else {
+			_ = os.Unsetenv("GODEBUG")
+		}
+	}()
+	return fn()
 }
 
 // do has run call fn after all that it was given before.
