@@ -53,6 +53,7 @@ type Agent struct {
 	cluster *cluster
 	maps    *maps.Maps
 	speaker *bgp.Speaker
+	spoken  bgp.Config // the speaker's
 	routes  *routes
 	uplinks map[string]int // name -> ifindex, as attached
 

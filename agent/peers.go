@@ -24,11 +24,8 @@ func (a *Agent) peer(ctx context.Context, v *view, self *api.Node, own []netip.P
 	return errors.Join(err, a.speaker.Announce(own), a.speaker.SetPeers(peers))
 }
 
-// speak starts the speaker.
+// speak starts the speaker, again when what it is to its peers has changed.
 func (a *Agent) speak(ctx context.Context, v *view, self *api.Node) error {
-	if a.speaker != nil {
-		return nil
-	}
 	c := bgp.Config{ASN: uint32(asNumber(v, self)), RouterID: routerID(self), ListenPort: a.BGPPort, Log: a.Log}
 	if c.ListenPort == 0 {
 		c.ListenPort = v.bgp.ListenPort
@@ -38,15 +35,26 @@ func (a *Agent) speak(ctx context.Context, v *view, self *api.Node) error {
 			c.ListenAddresses = append(c.ListenAddresses, p.Addr())
 		}
 	}
-	var err error
-	a.speaker, err = bgp.Start(context.WithoutCancel(ctx), c, a.routes)
-	if err != nil {
+	if a.speaker != nil && fmt.Sprint(c) == fmt.Sprint(a.spoken) {
+		return nil
+	}
+	if a.speaker != nil {
+		a.Log.Info("BGP starts again", "as", c.ASN, "router id", c.RouterID, "port", c.ListenPort)
+		err := a.speaker.Close(true)
 		a.speaker = nil
+		if err != nil {
+			return err
+		}
+		a.routes.restart()
+	}
+	speaker, err := bgp.Start(context.WithoutCancel(ctx), c, a.routes)
+	if err != nil {
 		return err
 	}
+	a.speaker, a.spoken = speaker, c
 	go func() {
 		select {
-		case <-a.speaker.Synced():
+		case <-speaker.Synced():
 			a.routes.heardAll()
 		case <-ctx.Done():
 		}

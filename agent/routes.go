@@ -218,7 +218,10 @@ func (r *routes) put(route bgp.Route, hops map[netip.Addr]hop) error {
 	if r.written[route.Prefix] == m {
 		return nil
 	}
-	if err := r.rtnl.RouteReplace(k); err != nil {
+	if own, err := r.a.maps.Route(m.Prefix); err == nil && m.Prefix.IsSingleIP() && (own.Kind == maps.RouteHost || own.Kind == maps.RouteLocalPod) {
+		return fmt.Errorf("route to %s by %s: %w", route.Prefix, route.NextHop, commit.ErrOwn)
+	}
+	if err := r.putKernel(k); err != nil {
 		return fmt.Errorf("add route to %s by %s: %w", route.Prefix, route.NextHop, err)
 	}
 	if err := commit.PutRemote(r.a.maps, m); err != nil {
@@ -226,6 +229,40 @@ func (r *routes) put(route bgp.Route, hops map[netip.Addr]hop) error {
 	}
 	r.written[route.Prefix] = m
 	return nil
+}
+
+// putKernel puts a route into the kernel's table, in place of one of ours. Somebody else's route is never replaced: it may be
+// the one that this host is reached by.
+func (r *routes) putKernel(k *netlink.Route) error {
+	err := r.rtnl.RouteAdd(k)
+	if !errors.Is(err, unix.EEXIST) {
+		return err
+	}
+	family := netlink.FAMILY_V4
+	if k.Dst.IP.To4() == nil {
+		family = netlink.FAMILY_V6
+	}
+	filter := &netlink.Route{Dst: k.Dst, Table: unix.RT_TABLE_MAIN}
+	there, err := nl.Dump(func() ([]netlink.Route, error) {
+		return r.rtnl.RouteListFiltered(family, filter, netlink.RT_FILTER_DST|netlink.RT_FILTER_TABLE)
+	})
+	if err != nil {
+		return err
+	}
+	for _, o := range there {
+		if o.Protocol != cni.RouteProtocol {
+			return fmt.Errorf("the host has another route to it, of protocol %s: %w", o.Protocol, unix.EEXIST)
+		}
+	}
+	return r.rtnl.RouteReplace(k)
+}
+
+// restart forgets what was learned: a new speaker tells it all again, and until it has, what is written stays.
+func (r *routes) restart() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	clear(r.learned)
+	clear(r.dirty)
 }
 
 // read reads what an earlier agent has left in the maps.
