@@ -30,7 +30,7 @@ type Config struct {
 	Username, Password string
 
 	Prefix  string        // before every key; "": store.DefaultPrefix
-	Timeout time.Duration // of one operation, retries included; 0: 5 s
+	Timeout time.Duration // of one operation, retries included, or of each 500 keys of a list; 0: 5 s
 	Logger  *slog.Logger  // what the client library says, mostly at debug level; nil: nothing
 }
 
@@ -375,10 +375,11 @@ func (s *Store) current(ctx context.Context, prefix string) (at store.Revision, 
 	end := clientv3.WithRange(clientv3.GetPrefixRangeEnd(prefix))
 	err = s.do(ctx, func(ctx context.Context, c *clientv3.Client) error {
 		r, err := c.Get(ctx, prefix, end, clientv3.WithLimit(1), clientv3.WithKeysOnly())
-		if err == nil {
-			at = store.Revision(r.Header.Revision)
+		if err != nil {
+			return err
 		}
-		return err
+		at = store.Revision(r.Header.Revision)
+		return nil
 	})
 	return at, err
 }

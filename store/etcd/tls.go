@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"strings"
@@ -129,6 +130,9 @@ func (c *certificates) shake(ctx context.Context, addr string) error {
 	cfg.NextProtos = []string{"h2"}
 	conn := tls.Client(raw, cfg)
 	if err := conn.HandshakeContext(ctx); err != nil {
+		if errors.Is(err, io.EOF) || errors.As(err, new(tls.RecordHeaderError)) {
+			return fmt.Errorf("%w: etcd at %s does not speak TLS: is it http://%s?", store.ErrTLS, addr, addr)
+		}
 		return c.name(addr, err)
 	}
 	// What a server thinks of our certificate it says after the handshake. One that likes it speaks first (RFC 9113,
@@ -142,13 +146,10 @@ func (c *certificates) shake(ctx context.Context, addr string) error {
 // name says which certificate is bad, and how.
 func (c *certificates) name(addr string, err error) error {
 	var theirs *tls.CertificateVerificationError
-	var record tls.RecordHeaderError
 	switch {
 	case errors.As(err, &theirs) && len(theirs.UnverifiedCertificates) > 0:
 		cert := theirs.UnverifiedCertificates[0]
 		return fmt.Errorf("%w: that of etcd at %s, %s: %w", store.ErrTLS, addr, describe(cert), theirs.Err)
-	case errors.As(err, &record):
-		return fmt.Errorf("%w: etcd at %s does not speak TLS: is it http://%s?", store.ErrTLS, addr, addr)
 	case !strings.Contains(err.Error(), "remote error: tls: "): // that is how the library tells an alert of the other side
 		return err
 	}

@@ -11,7 +11,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -79,22 +81,33 @@ func startCluster(t testing.TB, n int, clientTLS ...string) *cluster {
 	return c
 }
 
-// freeAddr is an address of loopback that nobody listens on. It is not reserved: who takes it in the meantime makes the
-// member end, which await tells.
+// slack is what a busy machine may take beyond a deadline.
+const slack = 3 * time.Second
+
+// given are the addresses that freeAddr returned.
+var given sync.Map
+
+// freeAddr is an address of loopback that nobody listens on. It is not reserved: when another program takes it in the
+// meantime, the member ends.
 func freeAddr(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.Close()
+		addr := l.Addr().String()
+		if _, taken := given.LoadOrStore(addr, true); !taken {
+			return addr
+		}
 	}
-	defer l.Close()
-	return l.Addr().String()
 }
 
 func (m *member) start(t testing.TB) {
 	t.Helper()
 	m.cmd = exec.Command(m.args[0], m.args[1:]...)
-	m.cmd.Env = append(os.Environ(), "ETCD_UNSUPPORTED_ARCH="+os.Getenv("GOARCH"))
+	m.cmd.Env = append(os.Environ(), "ETCD_UNSUPPORTED_ARCH="+runtime.GOARCH) // what etcd 3.4 wants to hear on arm64
 	m.cmd.Stdout, m.cmd.Stderr = &m.out, &m.out
 	m.cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
 	if err := m.cmd.Start(); err != nil {

@@ -10,6 +10,7 @@ import (
 )
 
 func TestEtcd(t *testing.T) {
+	t.Parallel()
 	c := startCluster(t, 3)
 	n := 0
 	storetest.Run(t, func(t *testing.T) store.Store {
