@@ -105,6 +105,7 @@ Reading commands change nothing. Exit code 0: done; 1: an error, or a check foun
 		newApplyCommand(g),
 		newGetCommand(g),
 		newDeleteCommand(g),
+		newDoctorCommand(g),
 		newValidateCommand(g),
 		newVersionCommand(g),
 		newUpgradeCommand(g),

@@ -1,0 +1,141 @@
+package ctl
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/caracal-net/caracal/cni"
+	"github.com/caracal-net/caracal/internal/nl"
+	"github.com/caracal-net/caracal/loader"
+	"github.com/caracal-net/caracal/maps"
+)
+
+// remotes are the routes to other nodes.
+func (d *doctor) remotes() []maps.Route {
+	var remote []maps.Route
+	for _, r := range d.routes {
+		if r.Kind == maps.RouteRemote {
+			remote = append(remote, r)
+		}
+	}
+	return remote
+}
+
+// uplinks names the interfaces that carry, or should carry, the programs for other nodes' packets: those with pinned links,
+// those that the agent says, and those by which routes to other nodes leave.
+func (d *doctor) uplinks() []string {
+	names, _ := loader.Uplinks(d.bpffsDir)    // what can't be listed is checkKernel's to tell
+	names = append(names, d.agent.Uplinks...) // one that is attached by clsact has no pins
+	for _, r := range d.remotes() {
+		name, err := nl.Name(int(r.IfIndex))
+		if errors.Is(err, unix.ENODEV) {
+			continue // checkRoutes tells
+		}
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
+}
+
+// checkUplinks: the interfaces to other nodes are up and carry from_net and to_net.
+func (d *doctor) checkUplinks() error {
+	names := d.uplinks()
+	for _, name := range names {
+		l, err := netlink.LinkByName(name)
+		if err != nil {
+			d.found(statusFail, name, "the agent attaches to it when it comes back", "%v", err)
+			continue
+		}
+		if l.Attrs().Flags&net.FlagUp == 0 {
+			d.found(statusFail, name, "ip link set "+name+" up", "it is down")
+		}
+		if _, err := loader.AttachedNet(d.bpffsDir, name, l.Attrs().Index); err != nil {
+			d.found(statusFail, name, "restart the agent (systemctl restart caracald), which attaches them",
+				"%v, though other nodes are behind it", err)
+		}
+	}
+	switch {
+	case len(names) == 0:
+		d.skipped("this node knows of no other node")
+	case d.silent():
+		d.ok("%q are up and carry the programs", names)
+	}
+	return nil
+}
+
+// checkRoutes: the kernel's table says the same of other nodes' blocks as the maps do, and the next hops answer.
+func (d *doctor) checkRoutes() error {
+	if d.mapsErr != nil {
+		d.skipped("the kernel maps can't be read")
+		return nil
+	}
+	kernel, err := kernelRoutes()
+	if err != nil {
+		return err
+	}
+	neighbours, err := listNeighbours()
+	if err != nil {
+		return err
+	}
+	const again = "restart the agent (systemctl restart caracald), which writes both"
+	remote := d.remotes()
+	hops := make(map[neighbour]bool)
+	for _, r := range remote {
+		k, ok := kernel[r.Prefix]
+		delete(kernel, r.Prefix)
+		switch {
+		case !ok:
+			d.found(statusFail, r.Prefix.String(), again, "caracal_routes has it by %s, the kernel's table (ip route show proto %d) has not", r.NextHop, cni.RouteProtocol)
+		case k != (neighbour{int(r.IfIndex), r.NextHop}):
+			d.found(statusFail, r.Prefix.String(), again, "caracal_routes has it by %s on interface %d, the kernel's table by %s on %d", r.NextHop, r.IfIndex, k.addr, k.ifindex)
+		}
+		hops[neighbour{int(r.IfIndex), r.NextHop}] = true
+	}
+	for p, k := range kernel {
+		d.found(statusFail, p.String(), again, "the kernel's table has it by %s, caracal_routes has not", k.addr)
+	}
+	for h := range hops {
+		if n := neighbours[h]; n.State&netlink.NUD_FAILED != 0 {
+			d.found(statusFail, h.addr.String(), "is that node up, and on the same network?", "the next hop does not answer ARP or neighbour discovery")
+		}
+	}
+	slices.SortStableFunc(d.diagnoses[d.from:], func(a, b diagnosis) int { return strings.Compare(a.Name, b.Name) })
+	switch {
+	case len(remote) == 0 && d.silent():
+		d.skipped("this node has no routes to other nodes")
+	case d.silent():
+		d.ok("%d to other nodes by %d next hops, the same in caracal_routes and in the kernel's table", len(remote), len(hops))
+	}
+	return nil
+}
+
+// kernelRoutes lists Caracal's routes by a next hop in the kernel's main table.
+func kernelRoutes() (map[netip.Prefix]neighbour, error) {
+	all := make(map[netip.Prefix]neighbour)
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		list, err := nl.Dump(func() ([]netlink.Route, error) {
+			return netlink.RouteListFiltered(family, &netlink.Route{Protocol: cni.RouteProtocol}, netlink.RT_FILTER_PROTOCOL)
+		})
+		if err != nil {
+			return nil, fmt.Errorf("list routes: %w", err)
+		}
+		for _, r := range list {
+			via := r.Gw
+			if v, ok := r.Via.(*netlink.Via); ok { // an IPv4 route by an IPv6 next hop
+				via = v.Addr
+			}
+			hop, ok := netip.AddrFromSlice(via)
+			if p, isPrefix := nl.Prefix(r.Dst); ok && isPrefix {
+				all[p] = neighbour{r.LinkIndex, hop.Unmap()}
+			}
+		}
+	}
+	return all, nil
+}
