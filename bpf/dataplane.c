@@ -212,6 +212,14 @@ static __always_inline int from_net_stages(struct __sk_buff *ctx, struct packet 
 	return from_net_slow(ctx, p);
 }
 
+// as_from_pod tells whether from_pod has judged packets of this flow and left them to the host's stack, so that what comes
+// out of it was not translated.
+static __always_inline bool as_from_pod(const struct flow_leg *leg, __u32 epoch, __u32 ifindex)
+{
+	return leg->epoch == epoch && leg->ifindex_in == ifindex &&
+	       (leg->to.forward == FORWARD_TO_STACK || leg->to.forward == FORWARD_REPLY);
+}
+
 // to_net_slow judges what the host's stack made of a pod's packet: translated, it belongs to a flow that from_pod does not
 // know.
 static __noinline int to_net_slow(struct __sk_buff *ctx, struct packet *p)
@@ -231,8 +239,8 @@ static __noinline int to_net_slow(struct __sk_buff *ctx, struct packet *p)
 	if (!pod || is_multicast(to))
 		return STACK_OTHER;
 	f = find_flow(&p->key);
-	if (f && f->leg[p->side & 1].epoch == p->epoch && f->leg[p->side & 1].ifindex_in == o.charged)
-		return FORWARD_JUDGED; // by from_pod, and not translated
+	if (f && as_from_pod(&f->leg[p->side & 1], p->epoch, o.charged))
+		return FORWARD_JUDGED;
 	o.self = &pod->slot[p->epoch & 1];
 	o.entered = ENTERED_STACK;
 	to_stack_stage(p);
