@@ -7,6 +7,8 @@ import (
 	"net"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
 
 	"github.com/caracal-net/caracal/bpf"
 	"github.com/caracal-net/caracal/internal/tc"
@@ -32,6 +34,11 @@ func AttachedNet(dir, ifname string, ifindex int) (string, error) {
 
 // DetachNet takes from_net and to_net off an uplink. Nothing there is not an error, nor is an interface that is gone.
 func DetachNet(dir, ifname string) error {
+	for _, h := range netHooks {
+		if err := detachLink(bpf.LinkPath(dir, ifname, h.program)); err != nil {
+			return err
+		}
+	}
 	if err := unpin(dir, ifname, netHooks); err != nil {
 		return err
 	}
@@ -48,6 +55,22 @@ func DetachNet(dir, ifname string) error {
 	}
 	defer pods.Close()
 	return eachFilter(pods, []int{l.Index}, netHooks, removeFilter)
+}
+
+// detachLink detaches a pinned link at once; the kernel would do it some time after the last descriptor is closed.
+func detachLink(path string) error {
+	l, err := link.LoadPinnedLink(path, nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("open link %s: %w", path, err)
+	}
+	defer l.Close()
+	if err := l.Detach(); err != nil && !errors.Is(err, unix.ENOLINK) {
+		return fmt.Errorf("detach link %s: %w", path, err)
+	}
+	return nil
 }
 
 // Uplinks lists the interface names that have link pins of from_net or to_net in dir, each once, sorted. An uplink that is
