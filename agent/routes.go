@@ -24,11 +24,11 @@ import (
 // routes takes what BGP learns to the kernel maps and to the kernel's own table, which mirrors them. A route that an
 // earlier agent of this node left stays until every peer has said what it has.
 type routes struct {
-	a       *Agent
-	rtnl    *netlink.Handle
-	written map[netip.Prefix]maps.Route // what is in the maps; nil: not read yet; sync's alone
+	a    *Agent
+	rtnl *netlink.Handle
 
 	mu      sync.Mutex
+	written map[netip.Prefix]maps.Route // what is in the maps; nil: not read yet
 	learned map[netip.Prefix]bgp.Route
 	dirty   map[netip.Prefix]bool // to be written, or to be taken away
 	whole   bool                  // every peer was heard, what is not learned goes
@@ -215,7 +215,10 @@ func (r *routes) put(route bgp.Route, hops map[netip.Addr]hop) error {
 	m := maps.Route{
 		Prefix: route.Prefix, Kind: maps.RouteRemote, IfIndex: uint32(h.ifindex), NextHop: route.NextHop, MTU: uint16(min(h.mtu, 65535)),
 	}
-	if r.written[route.Prefix] == m {
+	r.mu.Lock()
+	same := r.written[route.Prefix] == m
+	r.mu.Unlock()
+	if same {
 		return nil
 	}
 	if own, err := r.a.maps.Route(m.Prefix); err == nil && m.Prefix.IsSingleIP() && (own.Kind == maps.RouteHost || own.Kind == maps.RouteLocalPod) {
@@ -227,7 +230,9 @@ func (r *routes) put(route bgp.Route, hops map[netip.Addr]hop) error {
 	if err := commit.PutRemote(r.a.maps, m); err != nil {
 		return err
 	}
+	r.mu.Lock()
 	r.written[route.Prefix] = m
+	r.mu.Unlock()
 	return nil
 }
 
@@ -274,6 +279,8 @@ func (r *routes) read() error {
 	if err != nil {
 		return err
 	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.written = make(map[netip.Prefix]maps.Route)
 	for _, m := range list {
 		if m.Kind == maps.RouteRemote {
@@ -287,7 +294,9 @@ func (r *routes) remove(p netip.Prefix) error {
 	if err := commit.RemoveRemote(r.a.maps, p); err != nil {
 		return err
 	}
+	r.mu.Lock()
 	delete(r.written, p)
+	r.mu.Unlock()
 	err := r.rtnl.RouteDel(&netlink.Route{Dst: nl.Net(p), Protocol: cni.RouteProtocol, Table: unix.RT_TABLE_MAIN})
 	if err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("remove route to %s: %w", p, err)
@@ -312,11 +321,11 @@ func (r *routes) forgetOld() error {
 			}
 		}
 	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	for p := range r.written {
 		left[p] = true
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
 	for p := range left {
 		if _, ok := r.learned[p]; !ok {
 			r.dirty[p] = true

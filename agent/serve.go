@@ -27,6 +27,7 @@ type Status struct {
 	Blocks   []netip.Prefix   `json:"blocks"`
 	Uplinks  []string         `json:"uplinks"`
 	Learned  int              `json:"learned"` // routes of other hosts
+	Written  int              `json:"written"` // of these, in the maps and in the kernel's table
 	Peers    []bgp.PeerStatus `json:"peers"`
 }
 
@@ -39,7 +40,7 @@ func (a *Agent) status() Status {
 	speaker := a.speaking
 	a.mu.Unlock()
 	a.routes.mu.Lock()
-	s.Learned = len(a.routes.learned)
+	s.Learned, s.Written = len(a.routes.learned), len(a.routes.written)
 	a.routes.mu.Unlock()
 	s.Alarms = a.routes.recent()
 	if speaker != nil {
@@ -150,6 +151,7 @@ func (a *Agent) metrics() http.Handler {
 		gauge("caracal_alarms", "Alarms of the last minutes.", len(s.Alarms))
 		gauge("caracal_blocks", "Blocks of this node.", len(s.Blocks))
 		gauge("caracal_routes_learned", "Routes learned from other hosts.", s.Learned)
+		gauge("caracal_routes_written", "Routes to other hosts in the maps and in the kernel's table.", s.Written)
 		up := 0
 		for _, p := range s.Peers {
 			if p.Info == "Established" {

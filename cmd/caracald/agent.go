@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
+	"runtime/debug"
 
 	"github.com/spf13/cobra"
 
@@ -51,6 +52,7 @@ neither the store is a file of this machine alone.`,
 			if err != nil {
 				return err
 			}
+			debug.SetMemoryLimit(256 << 20) // soft: above it garbage is collected sooner, with many routes
 			return errors.Join(agent.Run(cmd.Context(), c, s), s.Close())
 		},
 	}

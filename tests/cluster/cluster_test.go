@@ -96,7 +96,7 @@ func ready(t *testing.T, h *lab.Host, others int) {
 				up++
 			}
 		}
-		if !s.Ready || len(s.Problems) > 0 || up != 2*others || len(s.Blocks) < 2 || s.Learned < 2*others {
+		if !s.Ready || len(s.Problems) > 0 || up != 2*others || len(s.Blocks) < 2 || s.Written < 2*others {
 			return fmt.Errorf("%+v", s)
 		}
 		return nil
@@ -128,7 +128,7 @@ func must(t *testing.T, err error) {
 
 func eventually(t *testing.T, what string, fn func() error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	for {
 		err := fn()

@@ -71,7 +71,7 @@ func (j *journey) peer() error {
 			if err := json.Unmarshal([]byte(out), &s); err != nil {
 				return err
 			}
-			if s.Ready && s.Learned == 2*others {
+			if s.Ready && s.Written == 2*others {
 				break
 			}
 			if time.Now().After(deadline) {
