@@ -122,7 +122,7 @@ func TestInvalidChangesNothing(t *testing.T) {
 	}
 	// A port that is taken is an error of Start, not of a goroutine later on.
 	if second, err := Start(t.Context(), s.config, newRecorder()); err == nil {
-		second.Close(false)
+		_ = second.Close(false)
 		t.Error("two speakers listen on one port")
 	}
 }

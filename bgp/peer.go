@@ -1,6 +1,7 @@
 package bgp
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -184,7 +185,7 @@ func (p Peer) clone() Peer {
 
 // SetPeers makes the set of peers equal to the given one: it adds, changes and removes only what differs. Sessions of
 // unchanged peers stay up, and so do those of which only import filters, limits, communities or the next hop change.
-// Nothing is changed when a peer is invalid.
+// Nothing is changed when a peer is invalid. Peers shows the new set a moment later.
 func (s *Speaker) SetPeers(peers []Peer) error {
 	want := map[netip.Addr]Peer{}
 	for _, p := range peers {
@@ -202,9 +203,7 @@ func (s *Speaker) SetPeers(peers []Peer) error {
 		return ErrClosed
 	}
 	before := s.wanted
-	var add, reset []Peer
-	var remove []Peer
-	policy := false
+	var add, reset, remove []Peer
 	for a, p := range before {
 		if q, stays := want[a]; !stays || !p.sameSession(q) {
 			remove = append(remove, p)
@@ -219,9 +218,9 @@ func (s *Speaker) SetPeers(peers []Peer) error {
 			reset = append(reset, p)
 		}
 	}
-	policy = len(add)+len(remove)+len(reset) > 0
 	s.wanted = want
-	s.do(func() { s.setPeers(want, remove) })
+	asked := maps.Clone(want)
+	s.do(func() { s.setPeers(asked, remove) })
 	if s.announced == nil {
 		return nil // Announce begins the sessions
 	}
@@ -230,7 +229,7 @@ func (s *Speaker) SetPeers(peers []Peer) error {
 			return err
 		}
 	}
-	if policy {
+	if len(add)+len(remove)+len(reset) > 0 {
 		if err := s.setPolicies(slices.Collect(maps.Values(want))); err != nil {
 			return err
 		}
@@ -245,21 +244,17 @@ func (s *Speaker) SetPeers(peers []Peer) error {
 	return s.begin(add)
 }
 
-// addPeers sets the policies of all wanted peers and begins sessions. Called with admin held.
-func (s *Speaker) addPeers(peers []Peer) error {
-	if err := s.setPolicies(peers); err != nil {
-		return err
-	}
-	return s.begin(peers)
-}
-
+// begin begins sessions. A peer that GoBGP does not take is not wanted any more, so the next SetPeers tries it again. Called
+// with admin held.
 func (s *Speaker) begin(peers []Peer) error {
+	var errs []error
 	for _, p := range peers {
 		if err := s.server.AddPeer(s.ctx, &apipb.AddPeerRequest{Peer: s.neighbor(p)}); err != nil {
-			return fmt.Errorf("add peer %s: %w", p.Address, err)
+			delete(s.wanted, p.Address)
+			errs = append(errs, fmt.Errorf("add peer %s: %w", p.Address, err))
 		}
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 func (s *Speaker) removePeer(p Peer) error {

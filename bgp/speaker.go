@@ -62,9 +62,12 @@ type Speaker struct {
 	server *server.BgpServer
 	ctx    context.Context // of the watch; ends with Close
 	cancel context.CancelFunc
-	work   chan func()   // run's; all that changes state below mu, in order
+	wake   chan struct{} // there is work
 	notes  chan Alarm    // from GoBGP's log, which must not wait
 	synced chan struct{} // closed once
+
+	queue sync.Mutex
+	work  []func() // run's; all that changes what is below mu, in order
 
 	admin     sync.Mutex // one SetPeers, Announce or Close at a time; guards the next three
 	wanted    map[netip.Addr]Peer
@@ -93,7 +96,7 @@ func Start(ctx context.Context, c Config, sink Sink) (*Speaker, error) {
 	}
 	s := &Speaker{
 		config: c, sink: sink, log: c.Log,
-		work: make(chan func(), 64), notes: make(chan Alarm, 256), synced: make(chan struct{}),
+		wake: make(chan struct{}, 1), notes: make(chan Alarm, 256), synced: make(chan struct{}),
 		wanted: map[netip.Addr]Peer{}, peers: map[netip.Addr]*peer{}, routes: map[netip.Prefix]*destination{}, refusals: unknownRefusals,
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
@@ -104,7 +107,11 @@ func Start(ctx context.Context, c Config, sink Sink) (*Speaker, error) {
 		return nil, err
 	}
 	go s.run()
-	context.AfterFunc(ctx, func() { s.Close(true) })
+	context.AfterFunc(ctx, func() {
+		if err := s.Close(true); err != nil {
+			s.log.Warn("BGP did not end as it should", "err", err)
+		}
+	})
 	return s, nil
 }
 
@@ -166,11 +173,28 @@ func withoutMPTCP(fn func() error) error {
 	return fn()
 }
 
-// do has run call fn after all that it was given before.
+// do has run call fn after all that it was given before. It does not wait: a Sink may, for a caller of ours.
 func (s *Speaker) do(fn func()) {
+	s.queue.Lock()
+	s.work = append(s.work, fn)
+	s.queue.Unlock()
 	select {
-	case s.work <- fn:
-	case <-s.ctx.Done():
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// doWork does what there is to do.
+func (s *Speaker) doWork() {
+	s.queue.Lock()
+	work := s.work
+	s.work = nil
+	s.queue.Unlock()
+	for _, fn := range work {
+		if s.ctx.Err() != nil {
+			return
+		}
+		fn()
 	}
 }
 
@@ -184,8 +208,8 @@ func (s *Speaker) run() {
 		select {
 		case <-s.ctx.Done():
 			return
-		case fn := <-s.work:
-			fn()
+		case <-s.wake:
+			s.doWork()
 		case a := <-s.notes:
 			s.note(a)
 		case <-tick.C:
@@ -251,10 +275,14 @@ func (s *Speaker) Announce(prefixes []netip.Prefix) error {
 		}
 		s.announced[p] = true
 	}
-	if first {
-		return s.addPeers(slices.Collect(maps.Values(s.wanted)))
+	if !first {
+		return nil
 	}
-	return nil
+	peers := slices.Collect(maps.Values(s.wanted))
+	if err := s.setPolicies(peers); err != nil {
+		return err
+	}
+	return s.begin(peers)
 }
 
 // Close ends the speaker; the Sink hears nothing any more. Graceful drops the connections without a word, so that peers

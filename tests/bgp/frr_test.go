@@ -26,7 +26,11 @@ func (r *router) frr(as uint32, config string) *frr {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
 	path := program(t, "bgpd", "frr")
 	owner, err := user.Lookup("frr")
 	if err != nil {
