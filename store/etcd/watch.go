@@ -22,6 +22,7 @@ type watch struct {
 	told   clientv3.WatchChan // nil: to be begun
 	stop   context.CancelFunc // of told
 	failed time.Time          // since when it ended again and again; zero: it goes
+	sure   time.Time          // when it was last known that the cluster is there, or reported that it is not
 
 	open  context.Context // until it or the store is closed
 	close context.CancelFunc
@@ -32,7 +33,7 @@ func (s *Store) Watch(ctx context.Context, prefix string, after store.Revision) 
 	if err := errors.Join(store.CheckPrefix(prefix), store.CheckRevision(after)); err != nil {
 		return nil, err
 	}
-	w := &watch{store: s, prefix: s.space.Covers(prefix), next: int64(after) + 1}
+	w := &watch{store: s, prefix: s.space.Covers(prefix), next: int64(after) + 1, sure: time.Now()}
 	now, err := s.current(ctx, w.prefix)
 	if err != nil {
 		return nil, named("watch "+prefix, err)
@@ -99,7 +100,7 @@ func (w *watch) Next(ctx context.Context) (store.Event, error) {
 }
 
 func (w *watch) nextEvent(ctx context.Context) (store.Event, error) {
-	quiet := time.NewTimer(w.store.timeout)
+	quiet := time.NewTimer(max(0, w.store.timeout-time.Since(w.sure)))
 	defer quiet.Stop()
 	for {
 		if err := errors.Join(w.open.Err(), ctx.Err()); err != nil {
@@ -132,10 +133,15 @@ func (w *watch) nextEvent(ctx context.Context) (store.Event, error) {
 		case <-quiet.C:
 			// The library goes on looking for a member for ever. Nobody else hearing from the cluster either, ask it.
 			if time.Since(time.Unix(0, w.store.heard.Load())) >= w.store.timeout {
-				if _, err := w.store.current(ctx, w.prefix); err != nil {
+				_, err := w.store.current(ctx, w.prefix)
+				if err != nil && ctx.Err() == nil {
+					w.sure = time.Now()
+				}
+				if err != nil {
 					return store.Event{}, err
 				}
 			}
+			w.sure = time.Now()
 			quiet.Reset(w.store.timeout)
 		case <-w.open.Done():
 		case <-ctx.Done():
@@ -158,7 +164,7 @@ func (w *watch) receive(r clientv3.WatchResponse) error {
 		}
 		return w.end(err)
 	}
-	w.failed = time.Time{}
+	w.failed, w.sure = time.Time{}, time.Now()
 	if n := len(r.Events); n > 0 {
 		w.events = r.Events // all of them, of a revision as well
 		w.next = r.Events[n-1].Kv.ModRevision + 1
