@@ -498,9 +498,7 @@ func TestAttach(t *testing.T) {
 
 // A kernel without TCX is served by clsact throughout.
 func TestWithoutTCX(t *testing.T) {
-	old := hasTCX
-	t.Cleanup(func() { hasTCX = old })
-	hasTCX = func() bool { return false }
+	without(t)
 	dir := ensured(t)
 	h := newHost(t, "c")
 	index := h.veth("v")
