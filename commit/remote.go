@@ -52,6 +52,7 @@ func SetRemote(m *maps.Maps, remote []maps.Route) (err error) {
 		return errors.Join(errs...)
 	}
 	// New ones first, so that a prefix that is split or joined is never without a route; unless that takes too much room.
+	missing := len(wanted)
 	err = putAll(m, wanted)
 	for _, p := range unwanted {
 		errs = append(errs, m.RemoveRoute(p))
@@ -59,8 +60,12 @@ func SetRemote(m *maps.Maps, remote []maps.Route) (err error) {
 	if errors.Is(err, maps.ErrFull) && len(unwanted) > 0 {
 		err = putAll(m, wanted)
 	}
-	_, raised := m.RaiseEpoch()
-	return errors.Join(append(errs, err, raised)...)
+	errs = append(errs, err)
+	if len(wanted) < missing || len(unwanted) > 0 {
+		_, err := m.RaiseEpoch()
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
 }
 
 // putAll writes routes and takes those that it wrote out of the set.
