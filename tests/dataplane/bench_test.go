@@ -26,10 +26,11 @@ const (
 	actionRedirect = 7
 )
 
-// bench is a node with pods a and b whose interfaces are down, so that nothing is counted but what a test runs.
+// bench is a node with pods a and b whose interfaces are down, so that nothing is counted but what a test runs. It has an
+// uplink, behind which is the block of pod r.
 type bench struct {
 	*node
-	a, b     *pod
+	a, b, r  *pod
 	programs map[string]*ebpf.Program
 	counts   *ebpf.Map
 	last     []uint64
@@ -73,7 +74,8 @@ func newBench(t testing.TB, cfg loader.Config) *bench {
 	if err := commit.SetNode(n.maps, []netip.Addr{outside}, blocks); err != nil {
 		t.Fatal(err)
 	}
-	for _, hook := range []string{bpf.DataplaneProgFromPod, bpf.DataplaneProgToPod} {
+	b.addUplink()
+	for _, hook := range []string{bpf.DataplaneProgFromPod, bpf.DataplaneProgToPod, bpf.DataplaneProgFromNet, bpf.DataplaneProgToNet} {
 		p, err := ebpf.LoadPinnedProgram(bpf.ProgramPath(n.dir, hook), nil)
 		if err != nil {
 			t.Fatal(err)
@@ -88,6 +90,31 @@ func newBench(t testing.TB, cfg loader.Config) *bench {
 	t.Cleanup(func() { b.counts.Close() })
 	b.last = b.snapshot()
 	return b
+}
+
+func (b *bench) addUplink() {
+	b.t.Helper()
+	b.r = &pod{name: "r", v4: netip.MustParseAddr("10.65.2.1"), v6: netip.MustParseAddr("2001:db8:0:2::1")}
+	b.r.commit.MAC = net.HardwareAddr{2, 0, 0, 0, 2, 1}
+	b.do(func() error {
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name, attrs.HardwareAddr = "up0", gatewayMAC
+		if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "p-up0"}); err != nil {
+			return fmt.Errorf("add uplink: %w", err)
+		}
+		l, err := netlink.LinkByName("up0")
+		if err != nil {
+			return err
+		}
+		b.up = l.Attrs().Index
+		return nil
+	})
+	remote := maps.Route{Prefix: netip.MustParsePrefix("10.65.2.0/26"), Kind: maps.RouteRemote, IfIndex: uint32(b.up), NextHop: netip.MustParseAddr("198.51.100.2")}
+	remote6 := remote
+	remote6.Prefix, remote6.NextHop = netip.MustParsePrefix("2001:db8:0:2::/122"), netip.MustParseAddr("fe80::2")
+	if err := commit.SetRemote(b.maps, []maps.Route{remote, remote6}); err != nil {
+		b.t.Fatal(err)
+	}
 }
 
 // snapshot reads the packets of every place of caracal_counts, the unnamed ones too.
@@ -189,10 +216,16 @@ func (b *bench) stackToB(frame []byte, ingress uint32) result {
 	return b.run("to_pod", frame, skb{ifindex: uint32(b.b.commit.IfIndex), ingress: ingress})
 }
 
+// fromNet runs from_net on a frame that came in by the uplink.
+func (b *bench) fromNet(frame []byte) result {
+	b.t.Helper()
+	return b.run("from_net", frame, skb{ifindex: uint32(b.up)})
+}
+
 // wantAction is the action that goes with a verdict.
 func wantAction(verdict string) int32 {
 	switch {
-	case verdict == "forward_pod", verdict == "answer_arp", verdict == "answer_nd":
+	case verdict == "forward_pod", verdict == "forward_net", verdict == "answer_arp", verdict == "answer_nd":
 		return actionRedirect
 	case verdict == "control", len(verdict) > 5 && verdict[:5] == "drop_":
 		return actionShot
@@ -225,6 +258,10 @@ func (r result) consistent(in []byte) error {
 	case "forward_from_stack", "forward_judged":
 		if !bytes.Equal(in[6:], r.out[6:]) {
 			return fmt.Errorf("more than the destination MAC was changed")
+		}
+	case "forward_net":
+		if want := hopped(in, in[:12]); !bytes.Equal(want, r.out) {
+			return fmt.Errorf("forwarded packet is not %x", want)
 		}
 	case "forward_pod":
 		if want := hopped(in, r.out[:12]); !bytes.Equal(want, r.out) {

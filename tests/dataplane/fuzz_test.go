@@ -14,7 +14,7 @@ import (
 	"github.com/caracal-net/caracal/loader"
 )
 
-// FuzzPackets runs frames through both programs. Whatever the frame: one verdict, counted once; the action and the
+// FuzzPackets runs frames through all programs. Whatever the frame: one verdict, counted once; the action and the
 // bytes that go with it; nothing with a source that is not the pod's is forwarded or left to the stack.
 func FuzzPackets(f *testing.F) {
 	b := newBench(f, loader.Config{})
@@ -28,6 +28,9 @@ func FuzzPackets(f *testing.F) {
 		tables = append(tables, m)
 	}
 	for _, c := range packetCases(b.a, b.b) {
+		f.Add(c.frame, uint16(0), uint8(0), false)
+	}
+	for _, c := range netCases(b) {
 		f.Add(c.frame, uint16(0), uint8(0), false)
 	}
 	f.Add(tcp(b.a, b.v4pair()[0], b.v4pair()[1], "A", 3000), uint16(1400), uint8(3), false)
@@ -69,6 +72,40 @@ func FuzzPackets(f *testing.F) {
 		if err := r.consistent(frame); err != nil {
 			t.Fatalf("to_pod: %s: %v; became %x", r.verdict, err, r.out)
 		}
+
+		// From the net nothing is dropped that the host's stack may want, and only the other host's pods are let in.
+		s.ifindex, s.ingress = uint32(b.up), 0
+		if r, ok = b.try("from_net", frame, s); !ok {
+			return
+		}
+		if err := r.consistent(frame); err != nil {
+			t.Fatalf("from_net: %s: %v; became %x", r.verdict, err, r.out)
+		}
+		switch {
+		case r.verdict == "forward_pod":
+			if to := destinationOf(frame); to != b.a.v4 && to != b.a.v6 && to != b.b.v4 && to != b.b.v6 || own(src) {
+				t.Fatalf("from_net: from %s to %s", src, to)
+			}
+		case r.action == actionShot:
+			if r.verdict != "drop_spoof_net" && r.verdict != "drop_no_pod" && r.verdict != "drop_icmp_error" {
+				t.Fatalf("from_net: %s", r.verdict)
+			}
+		}
+
+		// What leaves is never changed.
+		s.ingress = uint32(b.a.commit.IfIndex)
+		if process {
+			s.ingress = 0
+		}
+		if r, ok = b.try("to_net", frame, s); !ok {
+			return
+		}
+		if err := r.consistent(frame); err != nil {
+			t.Fatalf("to_net: %s: %v; became %x", r.verdict, err, r.out)
+		}
+		if r.action == actionShot && (process || r.verdict != "drop_icmp_error") {
+			t.Fatalf("to_net: %s", r.verdict)
+		}
 	})
 }
 
@@ -102,6 +139,19 @@ func sourceOf(frame []byte) (netip.Addr, bool) {
 		return netip.AddrFrom16([16]byte(frame[22:])), true
 	}
 	return netip.Addr{}, false
+}
+
+// destinationOf is the IP destination of a frame that sourceOf knows.
+func destinationOf(frame []byte) netip.Addr {
+	if frame[12] == 8 {
+		return netip.AddrFrom4([4]byte(frame[30:]))
+	}
+	return netip.AddrFrom16([16]byte(frame[38:]))
+}
+
+// own tells the addresses of the bench's blocks.
+func own(a netip.Addr) bool {
+	return netip.MustParsePrefix("10.65.0.0/26").Contains(a) || netip.MustParsePrefix("2001:db8::/122").Contains(a)
 }
 
 // keyOf is the flow key of a plain TCP or UDP packet, built without looking at the C.
