@@ -1,6 +1,7 @@
 package ctl
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -116,6 +117,9 @@ func (d *doctor) run(cmd *cobra.Command) error {
 			return usagef("--to %q: not an address", s)
 		}
 	}
+	p := &progress{out: cmd.ErrOrStderr(), what: "what there is to compare"}
+	defer time.AfterFunc(slow, p.begin).Stop()
+	defer p.end()
 	d.cmd = cmd
 	d.read(cmd.Context())
 	if d.maps != nil {
@@ -127,12 +131,11 @@ func (d *doctor) run(cmd *cobra.Command) error {
 		}
 		return fmt.Errorf("--pod %q: no pod of this node has that name, container id, address or host interface", d.pod)
 	}
-	p := &progress{out: cmd.ErrOrStderr()}
-	defer time.AfterFunc(slow, p.begin).Stop()
-	defer p.end()
+	var stopped error
 	for i, c := range checks {
-		if err := cmd.Context().Err(); err != nil {
-			return fmt.Errorf("interrupted before the check %q", c.name)
+		if cmd.Context().Err() != nil {
+			stopped = fmt.Errorf("interrupted before the check of %s", c.name)
+			break
 		}
 		p.at(fmt.Sprintf("%s (%d of %d)", c.name, i+1, len(checks)))
 		d.check, d.from = c.name, len(d.diagnoses)
@@ -145,7 +148,7 @@ func (d *doctor) run(cmd *cobra.Command) error {
 		}
 	}
 	p.end()
-	return d.print(cmd)
+	return cmp.Or(stopped, d.print(cmd))
 }
 
 // read reads what the checks compare. What can't be read is for the checks to tell.

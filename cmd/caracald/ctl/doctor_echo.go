@@ -130,14 +130,14 @@ func (e *echoer) ask(ctx context.Context, wait time.Duration, sizes ...int) ([]e
 			return nil, fmt.Errorf("wait for echoes: %w", err)
 		}
 		for {
-			seq, got, err := e.receive()
-			if errors.Is(err, unix.EAGAIN) {
+			seq, got, more := e.receive()
+			if !more {
 				break
 			}
-			if err != nil {
-				return nil, err
+			if got == nil {
+				continue
 			}
-			if s := settle(seq); got != nil && s != nil {
+			if s := settle(seq); s != nil {
 				got.size, got.rtt = s.size, time.Since(sent[seq-first])
 				*s = *got
 			}
@@ -164,23 +164,20 @@ func (e *echoer) send(seq uint16, size int) error {
 }
 
 // receive takes one packet from the socket: an answer or an ICMP error to the request of that number, or nil for what is
-// neither. EAGAIN when there is none.
-func (e *echoer) receive() (seq uint16, got *echo, err error) {
+// neither. more is false when there was none.
+func (e *echoer) receive() (seq uint16, got *echo, more bool) {
 	b, control := make([]byte, 1<<16), make([]byte, 512)
 	n, cn, _, _, err := unix.Recvmsg(e.fd, b, control, unix.MSG_ERRQUEUE)
 	if err == nil {
 		seq, got = e.decodeFault(b[:n], control[:cn])
-		return seq, got, nil
+		return seq, got, true
 	}
 	n, cn, _, _, err = unix.Recvmsg(e.fd, b, control, 0)
-	switch {
-	case errors.Is(err, unix.EAGAIN), errors.Is(err, unix.EINTR):
-		return 0, nil, unix.EAGAIN
-	case err != nil: // an ICMP error's number; the error itself is in the queue
-		return 0, nil, nil
+	if err != nil { // nothing is there, or an ICMP error's number, and the error itself is in the queue by now
+		return 0, nil, false
 	}
 	seq, got = e.decode(b[:n], control[:cn])
-	return seq, got, nil
+	return seq, got, true
 }
 
 // decode reads an answer.
@@ -193,7 +190,7 @@ func (e *echoer) decode(b, control []byte) (uint16, *echo) {
 		}
 		got.ttl, reply = int(b[8]), echoReply4
 		b = b[int(b[0]&15)*4:]
-	} else if c := message(control, unix.IPPROTO_IPV6, unix.IPV6_HOPLIMIT); len(c) >= 4 {
+	} else if c := controlMessage(control, unix.IPPROTO_IPV6, unix.IPV6_HOPLIMIT); len(c) >= 4 {
 		got.ttl = int(binary.NativeEndian.Uint32(c))
 	}
 	if len(b) < icmpHeader || b[0] != reply || binary.BigEndian.Uint16(b[4:]) != e.id {
@@ -205,9 +202,9 @@ func (e *echoer) decode(b, control []byte) (uint16, *echo) {
 // decodeFault reads an error from the socket's queue: b is the request that it is about, from its ICMP header on (ip(7),
 // IP_RECVERR).
 func (e *echoer) decodeFault(b, control []byte) (uint16, *echo) {
-	c := message(control, unix.IPPROTO_IP, unix.IP_RECVERR)
+	c := controlMessage(control, unix.IPPROTO_IP, unix.IP_RECVERR)
 	if !e.to.Is4() {
-		c = message(control, unix.IPPROTO_IPV6, unix.IPV6_RECVERR)
+		c = controlMessage(control, unix.IPPROTO_IPV6, unix.IPV6_RECVERR)
 	}
 	const size = int(unsafe.Sizeof(unix.SockExtendedErr{}))
 	if len(c) < size || len(b) < icmpHeader || binary.BigEndian.Uint16(b[4:]) != e.id {
@@ -238,8 +235,8 @@ func offender(b []byte) (netip.Addr, bool) {
 	return netip.Addr{}, false
 }
 
-// message finds a control message's data.
-func message(control []byte, level, kind int32) []byte {
+// controlMessage finds a control message's data.
+func controlMessage(control []byte, level, kind int32) []byte {
 	all, _ := unix.ParseSocketControlMessage(control)
 	for _, m := range all {
 		if m.Header.Level == level && m.Header.Type == kind {

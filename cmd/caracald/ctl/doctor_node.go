@@ -107,24 +107,26 @@ func (d *doctor) checkSysctls() error {
 }
 
 func (d *doctor) wantForwarding() {
+	off := func(name string) bool {
+		v, err := sysctl(name)
+		return err == nil && v == "0" // one that is not there belongs to a family or an interface that is not
+	}
+	const blame = ", and look for what turned it off (sysctl.d, another network's agent)"
+	interfaces := d.uplinks()
 	v6 := false
-	want := []string{"ipv4/ip_forward"}
 	for _, e := range d.endpoints {
-		want = append(want, "ipv4/conf/"+e.HostIfName+"/forwarding")
+		interfaces = append(interfaces, e.HostIfName)
 		v6 = v6 || slices.ContainsFunc(e.Addrs, netip.Addr.Is6)
 	}
-	for _, name := range d.uplinks() {
-		want = append(want, "ipv4/conf/"+name+"/forwarding")
+	names := slices.DeleteFunc(interfaces, func(name string) bool { return !off("ipv4/conf/" + name + "/forwarding") })
+	switch {
+	case off("ipv4/ip_forward"): // which turns all interfaces' off
+		d.fail("sysctl -w net/ipv4/ip_forward=1"+blame, "net/ipv4/ip_forward is 0: the host's stack forwards no IPv4")
+	case len(names) > 0:
+		d.fail("sysctl -w net/ipv4/conf/"+names[0]+"/forwarding=1"+blame, "the host's stack forwards no IPv4 that comes by %s", strings.Join(names, ", "))
 	}
-	if v6 {
-		want = append(want, "ipv6/conf/all/forwarding")
-	}
-	for _, name := range want {
-		// One that is not there belongs to an interface that is gone: another check's concern.
-		if v, err := sysctl(name); err == nil && v != "1" {
-			d.fail(fmt.Sprintf("sysctl -w net/%s=1, and look for what turned it off (sysctl.d, another network's agent)", name),
-				"net/%s is %s: the host's stack does not forward", name, v)
-		}
+	if v6 && off("ipv6/conf/all/forwarding") {
+		d.fail("sysctl -w net/ipv6/conf/all/forwarding=1"+blame, "net/ipv6/conf/all/forwarding is 0: the host's stack forwards no IPv6")
 	}
 }
 
@@ -259,8 +261,12 @@ func (d *doctor) checkAgent() error {
 	}
 	for _, p := range s.Peers {
 		if p.Info != "Established" {
+			why := ""
+			if p.LastError != "" {
+				why = ": " + p.LastError
+			}
 			d.found(statusFail, p.Address.String(), "is its agent up, TCP port 179 open, and do both sides' AS numbers and passwords agree?",
-				"the BGP session is %s since %s %s", p.Info, since(p.Since), p.LastError)
+				"the BGP session is %s since %s%s", p.Info, since(p.Since), why)
 		}
 	}
 	if d.silent() && !s.Ready {
@@ -294,8 +300,8 @@ func (d *doctor) checkDrops() error {
 	return nil
 }
 
-// full is the share of a table's places from which on checkFullness warns.
-const full = 0.8
+// nearlyFull is the share of a table's places from which on checkFullness warns.
+const nearlyFull = 0.8
 
 // checkFullness: flows, the pods' shares of them, pods and routes have room.
 func (d *doctor) checkFullness() error {
@@ -316,7 +322,7 @@ func (d *doctor) checkFullness() error {
 		return err
 	}
 	look := func(remedy, what string, used, limit uint32) {
-		if limit > 0 && float64(used) > full*float64(limit) {
+		if limit > 0 && float64(used) > nearlyFull*float64(limit) {
 			d.warn(remedy, "%s: %d of %d places are taken", what, used, limit)
 		}
 	}

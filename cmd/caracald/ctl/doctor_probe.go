@@ -154,18 +154,14 @@ func (d *doctor) once(from node.Endpoint, to netip.Addr) (echo, error) {
 func (d *doctor) askFor(e *echoer, size int) (echo, error) {
 	for range patient {
 		got, err := e.ask(d.cmd.Context(), d.timeout, size)
-		if err != nil || got[0].heard || got[0].fault != "" {
-			return first(got), err
+		if err != nil {
+			return echo{}, err
+		}
+		if got[0].heard || got[0].fault != "" {
+			return got[0], nil
 		}
 	}
 	return echo{size: size}, nil
-}
-
-func first(echoes []echo) echo {
-	if len(echoes) == 0 {
-		return echo{}
-	}
-	return echoes[0]
 }
 
 // holes is after how many destinations that swallow large packets checkMTU looks at no more: each takes seconds.
@@ -307,8 +303,8 @@ func (d *doctor) checkDNS() error {
 			d.found(statusSkipped, s.String(), "", "%s has no address of that family", recorded(from).title())
 		default:
 			began := time.Now()
-			if err := d.query(from.Netns, own, s); err != nil {
-				d.found(statusWarn, s.String(), "only a fault if pods are to use this server: its way back to the pod, a firewall, is it up?", "no answer to a query from %s: %v", recorded(from).title(), err)
+			if err := d.query(from.Netns, own, netip.AddrPortFrom(s, 53)); err != nil {
+				d.found(statusWarn, s.String(), "a fault only if pods are to use this server: is it up, has it a way back to the pod, does a firewall let them through?", "no answer to a query from %s: %v", recorded(from).title(), err)
 			} else {
 				d.found(statusOK, s.String(), "", "answers %s in %v", recorded(from).title(), time.Since(began).Round(time.Microsecond))
 			}
@@ -341,10 +337,10 @@ func nameservers(path string) ([]netip.Addr, error) {
 var rootQuery = []byte{0xca, 0xca, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 1}
 
 // query asks a nameserver from inside a namespace. Whatever it answers, it answers.
-func (d *doctor) query(path string, from, server netip.Addr) error {
+func (d *doctor) query(path string, from netip.Addr, server netip.AddrPort) error {
 	var c *net.UDPConn
 	err := netns.Do(path, func() (err error) {
-		c, err = net.DialUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(from, 0)), net.UDPAddrFromAddrPort(netip.AddrPortFrom(server, 53)))
+		c, err = net.DialUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(from, 0)), net.UDPAddrFromAddrPort(server))
 		return err
 	})
 	if err != nil {

@@ -65,7 +65,7 @@ func (d *doctor) checkUplinks() error {
 	case len(names) == 0:
 		d.skipped("this node knows of no other node")
 	case d.silent():
-		d.ok("%q are up and carry the programs", names)
+		d.ok("up, with the programs attached: %s", strings.Join(names, ", "))
 	}
 	return nil
 }
