@@ -169,3 +169,28 @@ func hasProblem(t *testing.T, h *lab.Host, about, text string) error {
 }
 
 func brief(s agent.Status) []agent.Problem { return s.Problems }
+
+// TestNodeRun starts an agent as an operator does by hand.
+func TestNodeRun(t *testing.T) {
+	l := newHosts(t, 1)
+	h := l.Host(1)
+	must(t, h.Signal(t.Context(), "caracald", unix.SIGTERM))
+	if out, err := h.Exec(t.Context(), "caracalctl", "node", "status"); err == nil || !strings.Contains(out, "Caracal process is not running.") {
+		t.Errorf("%s, %v", out, err)
+	}
+	log := h.Dir() + "/run.log"
+	args := []string{"node", "run", "--log-file", log, "--", "--ip", h.Addr().String() + "/24", "--ip6", h.Addr6().String() + "/64"}
+	if out := ctl(t, h, "", append([]string{"node", "run", "--dry-run"}, args[4:]...)...); !strings.Contains(out, "caracald --state-dir "+h.StateDir()) {
+		t.Errorf("%s", out)
+	}
+	out := ctl(t, h, "", args...)
+	if !strings.HasSuffix(out, "Caracal node started successfully\n") {
+		t.Errorf("%s", out)
+	}
+	if _, err := h.Exec(t.Context(), append([]string{"caracalctl"}, args...)...); err == nil || !strings.Contains(err.Error(), "answers there already") {
+		t.Errorf("a second one: %v", err)
+	}
+	if _, err := h.Exec(t.Context(), "caracalctl", "--socket", h.Dir()+"/other.sock", "node", "run", "--log-file", log, "--", "--node-name", ""); err == nil || !strings.Contains(err.Error(), "caracald ended") {
+		t.Errorf("without a name: %v", err)
+	}
+}

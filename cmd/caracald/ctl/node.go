@@ -32,7 +32,7 @@ func newNodeCommand(g *globals) *cobra.Command {
 		Args:  noArgs,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newNodeStatusCommand(g))
+	cmd.AddCommand(newNodeStatusCommand(g), newNodeRunCommand(g))
 	return cmd
 }
 

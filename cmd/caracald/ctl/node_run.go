@@ -1,0 +1,125 @@
+package ctl
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+)
+
+// DefaultLogFile is where an agent that node run has started writes.
+const DefaultLogFile = "/var/log/caracal/caracald.log"
+
+type nodeRunOptions struct {
+	*globals
+	dryRun  bool
+	logFile string
+	timeout time.Duration
+}
+
+func newNodeRunCommand(g *globals) *cobra.Command {
+	o := &nodeRunOptions{globals: g}
+	cmd := &cobra.Command{
+		Use:   "run [-- CARACALD ARGUMENTS]",
+		Short: "Start this node's agent and wait until it has done its work once",
+		Long: `run starts caracald in the background, shows what it logs, and returns when the node is as the store says. It goes on when
+run is interrupted. A service manager does this better: see deploy/caracald.service.
+
+Exit code 1: it ended again, or was not done in time; it then goes on trying.`,
+		Example: `  caracalctl node run --dry-run
+  caracalctl -c /etc/calico/calicoctl.cfg node run -- --ip 10.0.0.1/24`,
+		RunE: func(cmd *cobra.Command, args []string) error { return o.run(cmd, args) },
+	}
+	cmd.Flags().BoolVar(&o.dryRun, "dry-run", false, "show the command and start nothing")
+	cmd.Flags().StringVar(&o.logFile, "log-file", DefaultLogFile, "`FILE` that it writes to")
+	cmd.Flags().DurationVar(&o.timeout, "timeout", time.Minute, "how long to wait")
+	return cmd
+}
+
+func (o *nodeRunOptions) run(cmd *cobra.Command, args []string) error {
+	self, err := os.Executable()
+	if err != nil {
+		return fmt.Errorf("find caracald: %w", err)
+	}
+	argv := []string{"--state-dir", o.stateDir, "--bpffs-dir", o.bpffsDir, "--socket", o.socket}
+	if o.config != "" {
+		argv = append(argv, "--config", o.config)
+	}
+	if o.bootIDFile != "" {
+		argv = append(argv, "--boot-id-file", o.bootIDFile)
+	}
+	argv = append(argv, args...)
+	out := cmd.OutOrStdout()
+	fmt.Fprintf(out, "Running command to start the node:\n\n%s %s >> %s\n\n", filepath.Join(filepath.Dir(self), "caracald"), strings.Join(argv, " "), o.logFile)
+	if o.dryRun {
+		return nil
+	}
+	if _, err := agentStatus(cmd.Context(), o.socket); err == nil {
+		return fmt.Errorf("%s: an agent answers there already; look at it (caracalctl node status)", o.socket)
+	}
+	if err := os.MkdirAll(filepath.Dir(o.logFile), 0o755); err != nil {
+		return fmt.Errorf("make directory of log: %w", err)
+	}
+	log, err := os.OpenFile(o.logFile, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o640)
+	if err != nil {
+		return fmt.Errorf("open log: %w", err)
+	}
+	defer log.Close()
+	from, err := log.Seek(0, io.SeekEnd)
+	if err != nil {
+		return fmt.Errorf("open log: %w", err)
+	}
+	agent := &exec.Cmd{Path: self, Args: append([]string{"caracald"}, argv...), Stdout: log, Stderr: log, SysProcAttr: &unix.SysProcAttr{Setsid: true}}
+	if err := agent.Start(); err != nil {
+		return fmt.Errorf("start caracald: %w", err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- agent.Wait() }()
+	return o.await(cmd.Context(), out, from, ended)
+}
+
+// await shows the log from a place on until the agent is ready.
+func (o *nodeRunOptions) await(ctx context.Context, out io.Writer, from int64, ended <-chan error) error {
+	ctx, cancel := context.WithTimeout(ctx, o.timeout)
+	defer cancel()
+	tail, err := os.Open(o.logFile)
+	if err != nil {
+		return fmt.Errorf("read log: %w", err)
+	}
+	defer tail.Close()
+	if _, err := tail.Seek(from, io.SeekStart); err != nil {
+		return fmt.Errorf("read log: %w", err)
+	}
+	for {
+		io.Copy(out, tail)
+		s, err := agentStatus(ctx, o.socket)
+		if err == nil && s.Ready && len(s.Problems) == 0 {
+			io.Copy(out, tail)
+			fmt.Fprintln(out, "Caracal node started successfully")
+			return nil
+		}
+		select {
+		case err := <-ended:
+			io.Copy(out, tail)
+			return fmt.Errorf("caracald ended: %w; its log is %s", errors.Join(err, errEnded), o.logFile)
+		case <-ctx.Done():
+			if err == nil {
+				for _, p := range s.Problems {
+					fmt.Fprintf(out, "Problem: %s: %s\n", printable(p.About), printable(p.Text))
+				}
+			}
+			return fmt.Errorf("the node was not ready within %s; caracald goes on trying (caracalctl node status)", o.timeout)
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+var errEnded = errors.New("it should not")
