@@ -61,7 +61,7 @@ struct route_key {
 struct route {
 	enum route_kind kind;
 	__u8 flags;
-	__u16 mtu;         // bytes of IP packet; 0: the interface's when a flow is judged
+	__u16 mtu;         // bytes of IP packet; 0, or more than it: the interface's when a flow is judged
 	__u32 ifindex;     // out of which; 0: none
 	__u8 next_hop[16]; // :: where there is none
 };

@@ -61,7 +61,8 @@ static __always_inline void to_net_stage(struct __sk_buff *ctx, struct packet *p
 	if (!straight(r, p->is_v6))
 		return;
 	p->to.mtu = r->mtu;
-	if (!r->mtu && bpf_check_mtu(ctx, r->ifindex, &mtu, 0, 0) >= 0)
+	// What is larger than the interface's would be lost on it, without a word.
+	if (bpf_check_mtu(ctx, r->ifindex, &mtu, 0, 0) >= 0 && (!r->mtu || r->mtu > mtu))
 		p->to.mtu = mtu > 0xffff ? 0xffff : mtu;
 	p->to.ifindex = r->ifindex;
 	p->to.forward = self->flags & POD_SHAPED ? FORWARD_SHAPED : FORWARD_TO_NET;

@@ -48,7 +48,7 @@ type Route struct {
 	Kind    RouteKind    `json:"kind"`
 	IfIndex uint32       `json:"ifindex,omitempty"` // 0: none
 	NextHop netip.Addr   `json:"nextHop,omitzero"`  // zero: none
-	MTU     uint16       `json:"mtu,omitempty"`     // bytes; 0: the interface's at the time when a flow is judged
+	MTU     uint16       `json:"mtu,omitempty"`     // bytes; 0, or more than it: the interface's when a flow is judged
 }
 
 // PutRoute writes a route, over one that the prefix has.

@@ -378,6 +378,60 @@ func TestHostsUncommon(t *testing.T) {
 	})
 }
 
+// Next hops are link-local, and IPv6 for IPv4 too (RFC 8950). IPv4 for IPv6 can't be: such a packet goes by the stack.
+func TestHostsNextHop(t *testing.T) {
+	for _, v6 := range []bool{false, true} {
+		t.Run(fmt.Sprintf("v6=%t", v6), func(t *testing.T) {
+			one, two := newHosts(t, loader.TCX, 1500)
+			a, b := one.addPod("a", 1, loader.TCX), two.addPod("b", 1, loader.TCX)
+			hosts, hops := []*node{one, two}, []netip.Addr{netip.MustParseAddr("fe80::1:1"), netip.MustParseAddr("fe80::1:2")}
+			for i, n := range hosts {
+				n.do(func() error {
+					l, err := netlink.LinkByIndex(n.up)
+					if err != nil {
+						return err
+					}
+					return netlink.AddrAdd(l, &netlink.Addr{IPNet: &net.IPNet{IP: hops[i].AsSlice(), Mask: net.CIDRMask(64, 128)}, Flags: unix.IFA_F_NODAD})
+				})
+			}
+			hop := func(n, other *node, hop netip.Addr) {
+				t.Helper()
+				var routes []maps.Route
+				for _, p := range other.blocks() {
+					routes = append(routes, maps.Route{Prefix: p, Kind: maps.RouteRemote, IfIndex: uint32(n.up), NextHop: hop, MTU: 9000})
+				}
+				if err := commit.SetRemote(n.maps, routes); err != nil {
+					t.Fatal(err)
+				}
+			}
+			hop(one, two, hops[1])
+			hop(two, one, hops[0])
+			afd, bfd := a.socket(t, unix.SOCK_DGRAM, 5000, v6), b.socket(t, unix.SOCK_DGRAM, 7, v6)
+			before := one.counts()
+			for range 10 {
+				exchange(t, a, b, afd, bfd, v6, "hello")
+			}
+			one.onlyThese(before, map[string]uint64{"from_pod forward_net": 10, "to_net forward_judged": 10, "from_net forward_pod": 10})
+			send(t, afd, string(make([]byte, 1473)), b.addr(v6), 7) // more than the interface's MTU, whatever the route says
+			if got, _, _ := receive(t, bfd); len(got) != 1473 {
+				t.Errorf("received %d bytes", len(got))
+			}
+
+			hop(one, two, end2.v4.Addr())
+			hop(two, one, end1.v4.Addr())
+			before = one.counts()
+			exchange(t, a, b, afd, bfd, v6, "hello again")
+			if v6 {
+				if got := one.payload(before); got["from_pod stack_routed"] != 1 || got["from_net stack_routed"] != 1 {
+					t.Errorf("counts %v", got)
+				}
+			} else {
+				one.onlyThese(before, map[string]uint64{"from_pod forward_net": 1, "to_net forward_judged": 1, "from_net forward_pod": 1})
+			}
+		})
+	}
+}
+
 // A smaller MTU between the hosts: the interface's, the route's, or one that only a router knows.
 func TestHostsMTU(t *testing.T) {
 	modes(t, func(t *testing.T, mode loader.Mode, v6 bool) {
