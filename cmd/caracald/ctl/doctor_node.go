@@ -40,7 +40,8 @@ func (d *doctor) checkKernel() error {
 		d.fail("caracalctl upgrade --force pins programs again; what else is gone takes caracalctl uninstall and new pods",
 			"not pinned in %s: %s", d.bpffsDir, strings.Join(missing, ", "))
 	}
-	if !d.sharedMount() {
+	// Where another process's root may not be looked at, as in some containers, it can't be told.
+	if same, err := seesSame("/proc/1/root", d.bpffsDir); err == nil && !same {
 		d.fail("run caracalctl, and the runtime, in the machine's own mount namespace (nsenter --mount=/proc/1/ns/mnt)",
 			"%s is in a bpf file system of this mount namespace alone: the machine's other processes don't see it", d.bpffsDir)
 	}
@@ -74,17 +75,18 @@ func (d *doctor) missingPins() []string {
 	return missing
 }
 
-// sharedMount tells whether the machine's first process sees the same directory. True when it can't be told.
-func (d *doctor) sharedMount() bool {
-	own, err := os.Stat(d.bpffsDir)
+// seesSame tells whether the process whose root directory is given sees the same directory at dir as this one. An error:
+// it can't be told.
+func seesSame(root, dir string) (bool, error) {
+	own, err := os.Stat(dir)
 	if err != nil {
-		return true
+		return false, err
 	}
-	first, err := os.Stat(filepath.Join("/proc/1/root", d.bpffsDir))
+	theirs, err := os.Stat(filepath.Join(root, dir))
 	if errors.Is(err, fs.ErrNotExist) {
-		return false
+		return false, nil
 	}
-	return err != nil || os.SameFile(own, first)
+	return err == nil && os.SameFile(own, theirs), err
 }
 
 // checkSysctls: this host forwards, still learns its own routes, and does not drop what comes by the right way.

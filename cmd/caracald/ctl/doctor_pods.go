@@ -29,30 +29,83 @@ func (d *doctor) checkPods() error {
 	if d.dbErr != nil {
 		return d.dbErr
 	}
-	neighbours, err := listNeighbours()
+	found, err := d.troubles(d.endpoints)
 	if err != nil {
 		return err
 	}
-	for _, e := range d.endpoints {
-		title := recorded(e).title()
-		if why := dead(e); why != "" {
-			d.found(statusFail, title, fmt.Sprintf("the runtime's next GC removes it, or caracalctl ipam release %s", e.Addrs[0]),
-				"%s and no DEL came", why)
-			continue
+	if len(found) > 0 { // unless a DEL was at work
+		if found, err = d.lookAgain(found); err != nil {
+			return err
 		}
-		wrong := append(d.hostSide(e, neighbours), podSide(e)...)
+	}
+	for _, t := range found {
+		title := recorded(t.Endpoint).title()
 		switch {
-		case len(wrong) == 0:
-		case time.Since(e.Created).Abs() < underway:
-			d.found(statusWarn, title, "look again in a few seconds", "%s; its ADD may still be at work", strings.Join(wrong, ", "))
+		case t.dead:
+			d.found(statusFail, title, fmt.Sprintf("the runtime's next GC removes it, or caracalctl ipam release %s", t.Addrs[0]), "%s and no DEL came", t.wrong[0])
+		case time.Since(t.Created).Abs() < underway:
+			d.found(statusWarn, title, "look again in a few seconds", "%s; its ADD may still be at work", strings.Join(t.wrong, ", "))
 		default:
-			d.found(statusFail, title, "put back what was taken away, or have the runtime make the pod anew", "%s", strings.Join(wrong, ", "))
+			d.found(statusFail, title, "put back what was taken away, or have the runtime make the pod anew", "%s", strings.Join(t.wrong, ", "))
 		}
 	}
 	if d.silent() {
 		d.ok("%d: namespaces, interfaces, programs, maps, routes and neighbour entries are as recorded", len(d.endpoints))
 	}
 	return nil
+}
+
+// trouble is what is wrong with a pod.
+type trouble struct {
+	node.Endpoint
+	dead  bool
+	wrong []string
+}
+
+// troubles finds the pods that something is wrong with.
+func (d *doctor) troubles(all []node.Endpoint) ([]trouble, error) {
+	neighbours, err := listNeighbours()
+	if err != nil {
+		return nil, err
+	}
+	var found []trouble
+	for _, e := range all {
+		if why := dead(e); why != "" {
+			found = append(found, trouble{e, true, []string{why}})
+		} else if wrong := append(d.hostSide(e, neighbours), podSide(e)...); len(wrong) > 0 {
+			found = append(found, trouble{e, false, wrong})
+		}
+	}
+	return found, nil
+}
+
+// delTakes is longer than a DEL needs from taking the first thing away to forgetting the record.
+const delTakes = 300 * time.Millisecond
+
+// lookAgain keeps what is wrong still, with pods that are recorded still.
+func (d *doctor) lookAgain(found []trouble) ([]trouble, error) {
+	select {
+	case <-time.After(delTakes):
+	case <-d.cmd.Context().Done():
+	}
+	var again []node.Endpoint
+	err := d.view(d.cmd.Context(), func(tx *node.Tx) error {
+		for _, t := range found {
+			e, err := tx.Endpoint(t.Key)
+			if errors.Is(err, node.ErrNotFound) {
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			again = append(again, e)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return d.troubles(again)
 }
 
 // hostSide is what is wrong with a pod's host interface, its programs, map entries, routes and neighbour entries.

@@ -80,9 +80,9 @@ func (d *doctor) checkProbes() error {
 			d.reached = append(d.reached, p)
 			d.found(statusOK, about, "", "%s answers %s in %v, TTL %d", p.what, recorded(from).title(), p.echo.rtt.Round(time.Microsecond), p.echo.ttl)
 		case p.echo.fault != "":
-			d.found(statusFail, about, "mend what the lines above say, then the route there", "%s: %s", p.what, p.echo.fault)
+			d.found(statusFail, about, "mend what the lines above say, then the route there (ip route get "+about+")", "%s: %s", p.what, p.echo.fault)
 		default:
-			d.found(statusFail, about, "mend what the lines above say; else caracalctl counters --drops, and a firewall or filter on the way or at its end",
+			d.found(statusFail, about, "mend what the lines above say; else look at its own end, at its way back to the pod, and for a firewall (caracalctl counters has what is dropped here)",
 				"%s does not answer %s: %d echoes of %v each", p.what, recorded(from).title(), patient, d.timeout)
 		}
 	}
@@ -192,7 +192,7 @@ func (d *doctor) checkMTU() error {
 			d.found(statusFail, about, "", "%s: %v", p.what, err)
 		case vanishes > 0:
 			bad++
-			d.found(statusFail, about, fmt.Sprintf("make the MTU of the pods (mtu in the network configuration) or of what is on the way agree, or let ICMP errors through; %d would do", passes),
+			d.found(statusFail, about, fmt.Sprintf("let the ICMP errors of what is on the way through, raise its MTU, or give pods a smaller one (mtu %d in the network configuration)", passes),
 				"%s: %d bytes pass, from %d on packets vanish without an ICMP error (the pod's MTU is %d): a black hole", p.what, passes, vanishes, mtu)
 		case p.route.Kind == maps.RouteRemote && p.route.MTU > 0 && passes < min(mtu, int(p.route.MTU)):
 			d.found(statusWarn, about, "lower the uplink's MTU to what its network carries", "%s: %d bytes pass, the route says %d", p.what, passes, p.route.MTU)
@@ -248,8 +248,8 @@ func (d *doctor) pathMTU(from node.Endpoint, p *probe, mtu int) (passes, vanishe
 
 // sweep closes in on the largest packet that passes, between what was answered and what vanished, many sizes at a time.
 func (d *doctor) sweep(e *echoer, p *probe, silent int) (passes, vanishes int, err error) {
-	const abreast = 16
-	wait := min(d.timeout, max(20*p.echo.rtt, 100*time.Millisecond))
+	const abreast, tries = 16, 2
+	wait := min(d.timeout, max(20*p.echo.rtt, 250*time.Millisecond))
 	lo, hi := p.echo.size, silent
 	for hi-lo > 1 {
 		step := (hi - lo + abreast) / (abreast + 1)
@@ -258,7 +258,7 @@ func (d *doctor) sweep(e *echoer, p *probe, silent int) (passes, vanishes int, e
 			sizes = append(sizes, s)
 		}
 		best := lo
-		for range patient {
+		for range tries {
 			echoes, err := e.ask(d.cmd.Context(), wait, sizes...)
 			if err != nil {
 				return 0, 0, err

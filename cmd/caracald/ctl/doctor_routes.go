@@ -1,8 +1,10 @@
 package ctl
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
+	stdmaps "maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -76,37 +78,33 @@ func (d *doctor) checkRoutes() error {
 		d.skipped("the kernel maps can't be read")
 		return nil
 	}
-	kernel, err := kernelRoutes()
+	differ, err := d.differences()
 	if err != nil {
 		return err
+	}
+	if len(differ) > 0 { // unless the agent was at work
+		again, err := d.differences()
+		if err != nil {
+			return err
+		}
+		stdmaps.DeleteFunc(differ, func(p netip.Prefix, what string) bool { return again[p] != what })
+	}
+	for _, p := range slices.SortedFunc(stdmaps.Keys(differ), byPrefix) {
+		d.found(statusFail, p.String(), "restart the agent (systemctl restart caracald), which writes both", "%s", differ[p])
 	}
 	neighbours, err := listNeighbours()
 	if err != nil {
 		return err
 	}
-	const again = "restart the agent (systemctl restart caracald), which writes both"
 	remote := d.remotes()
 	hops := make(map[neighbour]bool)
 	for _, r := range remote {
-		k, ok := kernel[r.Prefix]
-		delete(kernel, r.Prefix)
-		switch {
-		case !ok:
-			d.found(statusFail, r.Prefix.String(), again, "caracal_routes has it by %s, the kernel's table (ip route show proto %d) has not", r.NextHop, cni.RouteProtocol)
-		case k != (neighbour{int(r.IfIndex), r.NextHop}):
-			d.found(statusFail, r.Prefix.String(), again, "caracal_routes has it by %s on interface %d, the kernel's table by %s on %d", r.NextHop, r.IfIndex, k.addr, k.ifindex)
+		hop := neighbour{int(r.IfIndex), r.NextHop}
+		if n := neighbours[hop]; n.State&netlink.NUD_FAILED != 0 && !hops[hop] {
+			d.found(statusFail, r.NextHop.String(), "is that node up, and on the same network?", "the next hop does not answer ARP or neighbour discovery")
 		}
-		hops[neighbour{int(r.IfIndex), r.NextHop}] = true
+		hops[hop] = true
 	}
-	for p, k := range kernel {
-		d.found(statusFail, p.String(), again, "the kernel's table has it by %s, caracal_routes has not", k.addr)
-	}
-	for h := range hops {
-		if n := neighbours[h]; n.State&netlink.NUD_FAILED != 0 {
-			d.found(statusFail, h.addr.String(), "is that node up, and on the same network?", "the next hop does not answer ARP or neighbour discovery")
-		}
-	}
-	slices.SortStableFunc(d.diagnoses[d.from:], func(a, b diagnosis) int { return strings.Compare(a.Name, b.Name) })
 	switch {
 	case len(remote) == 0 && d.silent():
 		d.skipped("this node has no routes to other nodes")
@@ -114,6 +112,37 @@ func (d *doctor) checkRoutes() error {
 		d.ok("%d to other nodes by %d next hops, the same in caracal_routes and in the kernel's table", len(remote), len(hops))
 	}
 	return nil
+}
+
+func byPrefix(a, b netip.Prefix) int {
+	return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
+}
+
+// differences says of each prefix how the kernel's table differs from the maps, both as they are now.
+func (d *doctor) differences() (map[netip.Prefix]string, error) {
+	var err error
+	if d.routes, err = d.maps.Routes(); err != nil {
+		return nil, err
+	}
+	kernel, err := kernelRoutes()
+	if err != nil {
+		return nil, err
+	}
+	differ := make(map[netip.Prefix]string)
+	for _, r := range d.remotes() {
+		k, ok := kernel[r.Prefix]
+		delete(kernel, r.Prefix)
+		switch {
+		case !ok:
+			differ[r.Prefix] = fmt.Sprintf("caracal_routes has it by %s, the kernel's table (ip route show proto %d) has not", r.NextHop, cni.RouteProtocol)
+		case k != (neighbour{int(r.IfIndex), r.NextHop}):
+			differ[r.Prefix] = fmt.Sprintf("caracal_routes has it by %s on interface %d, the kernel's table by %s on %d", r.NextHop, r.IfIndex, k.addr, k.ifindex)
+		}
+	}
+	for p, k := range kernel {
+		differ[p] = fmt.Sprintf("the kernel's table has it by %s, caracal_routes has not", k.addr)
+	}
+	return differ, nil
 }
 
 // kernelRoutes lists Caracal's routes by a next hop in the kernel's main table.

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -113,6 +114,43 @@ func TestDoctorQuery(t *testing.T) {
 	d := newExamination(t)
 	if err := d.query("/proc/self/ns/net", at.Addr(), at); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestSeesSame: a process with a mount of its own over a directory does not see ours.
+func TestSeesSame(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: mounting")
+	}
+	dir := t.TempDir()
+	for _, c := range []struct {
+		command string
+		want    bool
+	}{{"echo", true}, {"mount -t tmpfs none " + dir + " && echo", false}} {
+		cmd := exec.Command("unshare", "--mount", "sh", "-c", c.command+" && read end")
+		in, err := cmd.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := out.Read(make([]byte, 1)); err != nil { // it has mounted
+			t.Fatalf("%s: %v", c.command, err)
+		}
+		got, err := seesSame(fmt.Sprintf("/proc/%d/root", cmd.Process.Pid), dir)
+		if err != nil || got != c.want {
+			t.Errorf("%s: %v %v, want %v", c.command, got, err, c.want)
+		}
+		in.Close()
+		cmd.Wait() // read has met the end
+	}
+	if _, err := seesSame("/", filepath.Join(dir, "none")); err == nil {
+		t.Error("a directory that is not there is seen")
 	}
 }
 
