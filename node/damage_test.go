@@ -163,9 +163,18 @@ func TestDamagedFile(t *testing.T) {
 func TestCraftedPages(t *testing.T) {
 	dir, data := good(t, 100)
 	page, ne := os.Getpagesize(), binary.NativeEndian
+	list := data[pageHeader:] // of the head that counts
+	if second := data[page+pageHeader:]; ne.Uint64(second[48:]) > ne.Uint64(list[48:]) {
+		list = second
+	}
+	list = data[int(ne.Uint64(list[32:]))*page:]
+	free := make(map[uint64]bool)
+	for i := range int(ne.Uint16(list[10:])) {
+		free[ne.Uint64(list[pageHeader+8*i:])] = true
+	}
 	branch := 0 // the endpoints' root
 	for at := 2 * page; at < len(data); at += page {
-		if ne.Uint16(data[at+8:]) == branchPage && int(ne.Uint64(data[at:])) == at/page {
+		if id := uint64(at / page); ne.Uint16(data[at+8:]) == branchPage && ne.Uint64(data[at:]) == id && !free[id] {
 			branch = at
 		}
 	}
@@ -201,7 +210,7 @@ func TestCraftedPages(t *testing.T) {
 			t.Errorf("%s: was accepted", name)
 		}
 	}
-	free := int(ne.Uint64(data[pageHeader+32:])) * page
+	place := len(data) - len(list)
 	for name, change := range map[string]func(list []byte){
 		"another type":      func(l []byte) { ne.PutUint16(l[8:], leafPage) },
 		"a page in use":     func(l []byte) { ne.PutUint16(l[10:], 1); ne.PutUint64(l[pageHeader:], ne.Uint64(data[pageHeader+16:])) },
@@ -212,7 +221,7 @@ func TestCraftedPages(t *testing.T) {
 		"much longer":       func(l []byte) { ne.PutUint16(l[10:], 0xffff); ne.PutUint64(l[pageHeader:], 1<<61) },
 	} {
 		bad := slices.Clone(data)
-		change(bad[free:])
+		change(bad[place:])
 		if !damaged(t, dir, bad) {
 			t.Errorf("free list, %s: was accepted", name)
 		}

@@ -80,7 +80,11 @@ func codeOf(err error) codes.Code {
 	case errors.Is(err, context.Canceled):
 		return codes.Canceled
 	}
-	return status.Code(err)
+	code := status.Code(err)
+	if text := err.Error(); code == codes.Unknown && strings.HasSuffix(text, context.DeadlineExceeded.Error()) {
+		return codes.DeadlineExceeded // a member's own context, passed on without a code
+	}
+	return code
 }
 
 // unconnected tells whether an operation was never sent because no member could be connected to.

@@ -231,7 +231,7 @@ func TestCertificateFiles(t *testing.T) {
 func TestNoTLSThere(t *testing.T) {
 	t.Parallel()
 	c := startCluster(t, 1)
-	s := open(t, etcd.Config{Endpoints: []string{strings.Replace(c.members[0].client, "http", "https", 1)}, Timeout: time.Second})
+	s := open(t, etcd.Config{Endpoints: []string{strings.Replace(c.members[0].client, "http", "https", 1)}, Timeout: 5 * time.Second})
 	if _, err := s.Get(storetest.Context(t), "/k"); !errors.Is(err, store.ErrTLS) || !strings.Contains(err.Error(), "does not speak TLS: is it http://") {
 		t.Errorf("get: %v", err)
 	}
