@@ -28,9 +28,9 @@ static __always_inline int finish(struct __sk_buff *ctx, const struct packet *p,
 		c->packets += segments ? segments : 1;
 		c->bytes += ctx->len;
 	}
-	switch (verdict) {
-	case FORWARD_POD:
+	if (likely(verdict == FORWARD_POD))
 		return bpf_redirect_peer(p->to.ifindex, 0);
+	switch (verdict) {
 	case FORWARD_NET:
 		return send_on(ctx, p);
 	case ANSWER_ARP:
