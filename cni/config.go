@@ -71,6 +71,7 @@ type Attachment struct {
 // IPAMConfig is the ipam object. Type caracal-ipam, calico-ipam or none is our own; any other is a plugin to call.
 type IPAMConfig struct {
 	Type         string      `json:"type"`
+	Cluster      bool        `json:"cluster"` // true: the cluster's pools, which this node's agent records
 	IPv4Pools    []string    `json:"ipv4_pools"`
 	IPv6Pools    []string    `json:"ipv6_pools"`
 	AssignIPv4   *truth      `json:"assign_ipv4"` // absent: when there is such a pool
@@ -263,7 +264,7 @@ func (c *Config) ownIPAM() bool {
 
 // pools is the configuration of our own IPAM.
 func (c *Config) pools() (ipam.Config, error) {
-	var cfg ipam.Config
+	cfg := ipam.Config{Cluster: c.IPAM.Cluster}
 	for _, f := range []struct {
 		key   string
 		list  []string

@@ -61,6 +61,8 @@ var codes = []struct {
 	{ipam.ErrOutsidePool, codeAddress},
 	{ipam.ErrReserved, codeAddress},
 	{ipam.ErrPool, codeConfig},
+	{ipam.ErrNotClaimed, codeAddress},
+	{ipam.ErrNoCluster, codeTryAgain},
 	{node.ErrLocked, codeTryAgain},
 	{node.ErrNoSpace, codeIO},
 	{node.ErrReadOnly, codeIO},

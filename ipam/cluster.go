@@ -49,6 +49,9 @@ func Pools(tx *node.Tx, cfg Config) (pools []api.IPPool, claimed bool, err error
 		return nil, false, err
 	}
 	cluster, claimed, err := ClusterPools(tx)
+	if err == nil && !claimed && cfg.Cluster {
+		err = ErrNoCluster
+	}
 	if err != nil || !claimed {
 		return pools, false, err
 	}

@@ -18,6 +18,7 @@ func TestClusterPools(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	r.expect(Config{Cluster: true}, 0, Request{V4: true}, "", ErrNoCluster)
 	update(func(tx *node.Tx) error {
 		if err := SetClusterPools(tx, cluster); err != nil {
 			return err

@@ -26,6 +26,8 @@ var (
 	ErrReserved = errors.New("address is reserved")
 	// ErrNotClaimed says that a requested address is in a block that another node has, or nobody.
 	ErrNotClaimed = errors.New("address is in no block of this node")
+	// ErrNoCluster says that this node's agent has not recorded the cluster's pools yet.
+	ErrNoCluster = errors.New("this node's agent has not said yet which pools the cluster has; start caracald, or look at it (caracalctl node status)")
 	// ErrPool says that a pool can't be used as it is written.
 	ErrPool = errors.New("unusable pool")
 )
@@ -34,6 +36,7 @@ var (
 type Config struct {
 	Pools        []api.IPPool   // as written; both families; none: DefaultPool
 	Reservations []netip.Prefix // never given out, also not on request
+	Cluster      bool           // true: ErrNoCluster until the agent has recorded the cluster's pools
 }
 
 // Request is what an attachment wants.

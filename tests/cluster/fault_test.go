@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/caracal-net/caracal/agent"
+	"github.com/caracal-net/caracal/tests/testenv"
 	"github.com/caracal-net/caracal/tools/lab"
 )
 
@@ -165,10 +166,8 @@ func hasProblem(t *testing.T, h *lab.Host, about, text string) error {
 			return nil
 		}
 	}
-	return fmt.Errorf("%s: %+v", h.Name, brief(s))
+	return fmt.Errorf("%s: %+v", h.Name, s.Problems)
 }
-
-func brief(s agent.Status) []agent.Problem { return s.Problems }
 
 // TestNodeRun starts an agent as an operator does by hand.
 func TestNodeRun(t *testing.T) {
@@ -193,4 +192,22 @@ func TestNodeRun(t *testing.T) {
 	if _, err := h.Exec(t.Context(), "caracalctl", "--socket", h.Dir()+"/other.sock", "node", "run", "--log-file", log, "--", "--node-name", ""); err == nil || !strings.Contains(err.Error(), "caracald ended") {
 		t.Errorf("without a name: %v", err)
 	}
+}
+
+// TestAddBeforeAgent: a node that is to be part of a cluster gives out no address before it knows whose blocks are whose.
+func TestAddBeforeAgent(t *testing.T) {
+	testenv.NeedRoot(t)
+	l := lab.New(t, lab.Config{Cluster: true, Caracal: testenv.Bin(t, "caracal")})
+	h := l.Host(1)
+	if _, err := h.AddPod(t.Context(), "early", lab.PodOptions{}); err == nil || !strings.Contains(err.Error(), "start caracald") {
+		t.Errorf("ADD: %v", err)
+	}
+	if err := h.Status(t.Context()); err == nil || !strings.Contains(err.Error(), "can't be served now") {
+		t.Errorf("STATUS: %v", err)
+	}
+	ctl(t, h, alone(h), "apply", "-f", "-")
+	must(t, h.StartAgent(t.Context()))
+	ready(t, h, 0)
+	h.TestPod(t, "late", lab.PodOptions{})
+	must(t, h.Status(t.Context()))
 }

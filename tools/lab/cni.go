@@ -60,7 +60,7 @@ func defaultConflist(cfg Config, h *Host) ([]byte, error) {
 		"ipam":         map[string]any{"type": "caracal-ipam", "ipv4_pools": h.file.IPv4Pools, "ipv6_pools": h.file.IPv6Pools},
 	}
 	if cfg.Cluster {
-		plugin["ipam"] = map[string]any{"type": "caracal-ipam"}
+		plugin["ipam"] = map[string]any{"type": "caracal-ipam", "cluster": true}
 	}
 	for k, v := range cfg.Plugin {
 		plugin[k] = v
