@@ -61,7 +61,11 @@ func (l *Lab) tearDown(ctx context.Context) error {
 		}
 		for _, p := range pods {
 			if l.file.Foreign && wasUp && p.file.State != PodNew {
-				delErrs = append(delErrs, p.del(ctx))
+				err := p.del(ctx)
+				if err != nil {
+					err = p.del(ctx) // a killed process's own DEL may have been at it at the same time
+				}
+				delErrs = append(delErrs, err)
 			}
 			podNetns = append(podNetns, p.file.Netns)
 		}
