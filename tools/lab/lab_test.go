@@ -557,8 +557,8 @@ func TestDownThoughDelFails(t *testing.T) {
 	if left := Leftovers(name); len(left) != 0 {
 		t.Errorf("left behind: %v", left)
 	}
-	if c := calls(); len(c) != 2 || c[1].command() != "DEL" {
-		t.Errorf("%d calls, want ADD and DEL", len(c))
+	if c := calls(); len(c) != 3 || c[1].command() != "DEL" || c[2].command() != "DEL" {
+		t.Errorf("%d calls, want ADD, DEL, and DEL again", len(c))
 	}
 }
 
