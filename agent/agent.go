@@ -55,6 +55,7 @@ type Agent struct {
 	speaker *bgp.Speaker
 	spoken  bgp.Config // the speaker's
 	routes  *routes
+	mark    string         // this host's own, see instance
 	uplinks map[string]int // name -> ifindex, as attached
 
 	wake chan struct{}

@@ -78,8 +78,13 @@ func (a *Agent) claim(ctx context.Context, v *view) ([]netip.Prefix, error) {
 	return prefixes, errors.Join(errs...)
 }
 
+// recorded are the blocks in node.db, read beside ADDs and DELs: instance has opened it for writing before, and so released
+// what an earlier boot left.
 func (a *Agent) recorded(ctx context.Context) (blocks []node.Block, err error) {
-	db, err := node.Open(ctx, a.StateDir, a.nodeOptions())
+	db, err := node.OpenReadOnly(ctx, a.StateDir, a.nodeOptions())
+	if errors.Is(err, node.ErrNoDatabase) {
+		return nil, nil // somebody removed it; record makes it again
+	}
 	if err != nil {
 		return nil, err
 	}

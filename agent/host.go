@@ -130,24 +130,12 @@ func (a *Agent) setNode() error {
 	var errs []error
 	for _, b := range recorded {
 		blocks = append(blocks, b.CIDR)
-		if b.CIDR.IsSingleIP() {
-			continue // its route is its pod's
-		}
-		r := &netlink.Route{Dst: nl.Net(b.CIDR), Type: unix.RTN_BLACKHOLE, Protocol: cni.RouteProtocol}
-		if err := netlink.RouteAdd(r); err != nil && !errors.Is(err, unix.EEXIST) {
-			errs = append(errs, fmt.Errorf("add blackhole route for %s: %w", b.CIDR, err))
-		}
+		errs = append(errs, cni.Blackhole(&netlink.Handle{}, b.CIDR))
 	}
 	errs = append(errs, removeBlackholes(blocks))
-	addrs, err := nl.Dump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
+	host, err := cni.HostAddresses(&netlink.Handle{})
 	if err != nil {
-		return errors.Join(append(errs, fmt.Errorf("list addresses: %w", err))...)
-	}
-	var host []netip.Addr
-	for _, x := range addrs {
-		if p, ok := prefixOf(x); ok && !p.Addr().IsLoopback() && !p.Addr().IsLinkLocalUnicast() {
-			host = append(host, p.Addr())
-		}
+		return errors.Join(append(errs, err)...)
 	}
 	return errors.Join(append(errs, commit.SetNode(a.maps, host, blocks))...)
 }

@@ -95,6 +95,14 @@ func (a *Agent) put(ctx context.Context, key string, value []byte, old store.KV,
 
 // instance is this host's own mark, made once.
 func (a *Agent) instance(ctx context.Context) (id string, err error) {
+	if a.mark != "" {
+		return a.mark, nil
+	}
+	defer func() {
+		if err == nil {
+			a.mark = id
+		}
+	}()
 	db, err := node.Open(ctx, a.StateDir, a.nodeOptions())
 	if err != nil {
 		return "", err

@@ -432,7 +432,7 @@ func (a *adding) configureHost(context.Context) error {
 		return err
 	}
 	for _, b := range a.blocks {
-		if err := blackhole(a.sides.host, b); err != nil {
+		if err := Blackhole(a.sides.host, b); err != nil {
 			return err
 		}
 	}
@@ -464,7 +464,7 @@ func (a *adding) commit(ctx context.Context) error {
 
 // setNode brings the node's own routes up to date in the maps. Callers hold the node lock.
 func (p *Plugin) setNode(ctx context.Context, c *Config, host *netlink.Handle, m *maps.Maps) error {
-	addrs, err := hostAddresses(host)
+	addrs, err := HostAddresses(host)
 	if err != nil {
 		return err
 	}

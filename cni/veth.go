@@ -232,8 +232,8 @@ func setNeighbour(h *netlink.Handle, ifindex int, a netip.Addr, mac net.Hardware
 	return nil
 }
 
-// blackhole routes a block of this node to nowhere, for the addresses that no pod holds.
-func blackhole(h *netlink.Handle, block netip.Prefix) error {
+// Blackhole routes a block of this node to nowhere, for the addresses that no pod holds.
+func Blackhole(h *netlink.Handle, block netip.Prefix) error {
 	if block.IsSingleIP() {
 		return nil // its route is its pod's
 	}
@@ -269,8 +269,8 @@ func pathMTU(h *netlink.Handle) int {
 	return 1500
 }
 
-// hostAddresses are the addresses of this host that a packet may be for.
-func hostAddresses(h *netlink.Handle) ([]netip.Addr, error) {
+// HostAddresses are the addresses of this host that a packet may be for.
+func HostAddresses(h *netlink.Handle) ([]netip.Addr, error) {
 	list, err := nl.Dump(func() ([]netlink.Addr, error) { return h.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nil, fmt.Errorf("list this host's addresses: %w", err)

@@ -58,16 +58,16 @@ neither the store is a file of this machine alone.`,
 	}
 	host, _ := os.Hostname()
 	f := cmd.Flags()
-	f.StringVar(&c.Node, "node-name", env("CARACAL_NODENAME", env("NODENAME", host)), "this node's `NAME` in the cluster (env CARACAL_NODENAME, NODENAME)")
-	f.StringVar(&ip4, "ip", env("IP", ""), "this node's `ADDRESS/BITS` for its peers (env IP); none: that of the interface with the default route")
-	f.StringVar(&ip6, "ip6", env("IP6", ""), "likewise, IPv6 (env IP6)")
+	f.StringVar(&c.Node, "node-name", ctl.FromEnv("CARACAL_NODENAME", ctl.FromEnv("NODENAME", host)), "this node's `NAME` in the cluster (env CARACAL_NODENAME, NODENAME)")
+	f.StringVar(&ip4, "ip", ctl.FromEnv("IP", ""), "this node's `ADDRESS/BITS` for its peers (env IP); none: that of the interface with the default route")
+	f.StringVar(&ip6, "ip6", ctl.FromEnv("IP6", ""), "likewise, IPv6 (env IP6)")
 	f.StringSliceVar(&c.Uplinks, "uplink", nil, "`PATTERN` of interfaces that other hosts are behind (repeatable); none: found by the routes to the peers")
 	f.IntVar(&c.BGPPort, "bgp-port", 0, "where BGP listens; 0: the BGPConfiguration's or 179; -1: nowhere")
 	f.StringVarP(&config, "config", "c", os.Getenv("CARACAL_CONFIG"), "`FILE` that says where the store is, shaped like calicoctl.cfg (env CARACAL_CONFIG)")
-	f.StringVar(&c.StateDir, "state-dir", env("CARACAL_STATE_DIR", cni.DefaultStateDir), "`DIR` that holds node.db (env CARACAL_STATE_DIR)")
-	f.StringVar(&c.BPFFSDir, "bpffs-dir", env("CARACAL_BPFFS_DIR", cni.DefaultBPFFSDir), "`DIR` that holds the pinned maps and programs (env CARACAL_BPFFS_DIR)")
+	f.StringVar(&c.StateDir, "state-dir", ctl.FromEnv("CARACAL_STATE_DIR", cni.DefaultStateDir), "`DIR` that holds node.db (env CARACAL_STATE_DIR)")
+	f.StringVar(&c.BPFFSDir, "bpffs-dir", ctl.FromEnv("CARACAL_BPFFS_DIR", cni.DefaultBPFFSDir), "`DIR` that holds the pinned maps and programs (env CARACAL_BPFFS_DIR)")
 	f.StringVar(&c.BootIDFile, "boot-id-file", os.Getenv("CARACAL_BOOT_ID_FILE"), "`FILE` with the boot id of a simulated node (env CARACAL_BOOT_ID_FILE)")
-	f.StringVar(&c.Socket, "socket", env("CARACAL_SOCKET", ctl.DefaultSocket), "`SOCKET` on which caracalctl asks (env CARACAL_SOCKET)")
+	f.StringVar(&c.Socket, "socket", ctl.FromEnv("CARACAL_SOCKET", ctl.DefaultSocket), "`SOCKET` on which caracalctl asks (env CARACAL_SOCKET)")
 	f.StringVar(&c.Health, "health", "127.0.0.1:9099", "`ADDRESS` of /health, /liveness and /readiness; empty: nowhere")
 	f.StringVar(&c.Metrics, "metrics", "127.0.0.1:9091", "`ADDRESS` of /metrics; empty: nowhere")
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
@@ -88,11 +88,4 @@ func hostPrefix(flag, s string) (netip.Prefix, error) {
 		return p, fmt.Errorf("%s %q: write it as 10.0.0.1/24", flag, s)
 	}
 	return p, nil
-}
-
-func env(name, otherwise string) string {
-	if v := os.Getenv(name); v != "" {
-		return v
-	}
-	return otherwise
 }

@@ -86,11 +86,11 @@ Reading commands change nothing. Exit code 0: done; 1: an error, or a check foun
 		return usagef("%w; see %s --help", err, cmd.CommandPath())
 	})
 	f := cmd.PersistentFlags()
-	f.StringVar(&g.stateDir, "state-dir", fromEnv("CARACAL_STATE_DIR", cni.DefaultStateDir), "`DIR` that holds node.db (env CARACAL_STATE_DIR)")
-	f.StringVar(&g.bpffsDir, "bpffs-dir", fromEnv("CARACAL_BPFFS_DIR", cni.DefaultBPFFSDir), "`DIR` that holds the pinned maps and programs (env CARACAL_BPFFS_DIR)")
+	f.StringVar(&g.stateDir, "state-dir", FromEnv("CARACAL_STATE_DIR", cni.DefaultStateDir), "`DIR` that holds node.db (env CARACAL_STATE_DIR)")
+	f.StringVar(&g.bpffsDir, "bpffs-dir", FromEnv("CARACAL_BPFFS_DIR", cni.DefaultBPFFSDir), "`DIR` that holds the pinned maps and programs (env CARACAL_BPFFS_DIR)")
 	f.StringVar(&g.bootIDFile, "boot-id-file", os.Getenv("CARACAL_BOOT_ID_FILE"), "`FILE` with the boot id of a simulated node (env CARACAL_BOOT_ID_FILE)")
 	f.StringVarP(&g.config, "config", "c", os.Getenv("CARACAL_CONFIG"), "`FILE` that says where resources are stored, shaped like calicoctl.cfg (env CARACAL_CONFIG); none: "+DefaultConfigFile+" or /etc/calico/calicoctl.cfg if there is one, else this machine alone")
-	f.StringVar(&g.socket, "socket", fromEnv("CARACAL_SOCKET", DefaultSocket), "the agent's `SOCKET` (env CARACAL_SOCKET)")
+	f.StringVar(&g.socket, "socket", FromEnv("CARACAL_SOCKET", DefaultSocket), "the agent's `SOCKET` (env CARACAL_SOCKET)")
 	f.VarP(&g.output, "output", "o", "table, json or yaml")
 	complete(cmd, "output", formats...)
 	cmd.AddCommand(
@@ -131,7 +131,8 @@ func (g *globals) complete() error {
 	return nil
 }
 
-func fromEnv(name, otherwise string) string {
+// FromEnv is an environment variable, or something else where it is not set.
+func FromEnv(name, otherwise string) string {
 	if v := os.Getenv(name); v != "" {
 		return v
 	}
