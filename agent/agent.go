@@ -34,6 +34,7 @@ type Config struct {
 	IPv4, IPv6 netip.Prefix // this node's addresses for its peers; zero: those of the interface with the default route
 	Uplinks    []string     // interfaces that other hosts are behind, as path.Match patterns; none: found by route
 	BGPPort    int          // 0: the BGPConfiguration's, or 179; -1: listen nowhere
+	NATPorts   maps.Ports   // that masqueraded flows leave from; zero: cni.MasqueradePorts
 
 	Log *slog.Logger
 }
@@ -179,8 +180,9 @@ func (a *Agent) reconcile(ctx context.Context) error {
 	part("blocks", err)
 	part("uplinks", a.attachUplinks(v, self))
 	part("node routes", a.setNode())
+	part("masquerade", a.masquerade(ctx, v, self))
 	part("bgp", a.peer(ctx, v, self, own))
-	part("routes", a.routes.sync())
+	part("routes", a.routes.sync(v.pools))
 	a.mu.Lock()
 	a.ready = len(errs) == 0
 	a.own, a.speaking = own, a.speaker

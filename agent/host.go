@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	stdmaps "maps"
 	"net/netip"
 	"path"
 	"slices"
@@ -43,7 +44,7 @@ func (a *Agent) attachUplinks(v *view, self *api.Node) error {
 	}
 	for name := range a.uplinks {
 		if _, ok := want[name]; !ok {
-			errs = append(errs, loader.DetachNet(a.BPFFSDir, name))
+			errs = append(errs, loader.DetachNet(a.BPFFSDir, name), a.maps.RemoveUplink(uint32(a.uplinks[name])))
 			delete(a.uplinks, name)
 		}
 	}
@@ -105,6 +106,13 @@ func (a *Agent) findUplinks(v *view, self *api.Node) (map[string]int, error) {
 				found[l.Attrs().Name] = l.Attrs().Index
 			}
 		}
+	}
+	if masquerades(v) {
+		outside, err := cni.DefaultUplinks(&netlink.Handle{})
+		if err != nil {
+			return nil, err
+		}
+		stdmaps.Copy(found, outside)
 	}
 	delete(found, "lo")
 	if len(found) == 0 {

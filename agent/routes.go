@@ -13,6 +13,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/caracal-net/caracal/api"
 	"github.com/caracal-net/caracal/bgp"
 	"github.com/caracal-net/caracal/cni"
 	"github.com/caracal-net/caracal/commit"
@@ -30,8 +31,10 @@ type routes struct {
 	mu      sync.Mutex
 	written map[netip.Prefix]maps.Route // what is in the maps; nil: not read yet
 	learned map[netip.Prefix]bgp.Route
-	dirty   map[netip.Prefix]bool // to be written, or to be taken away
-	whole   bool                  // every peer was heard, what is not learned goes
+	dirty   map[netip.Prefix]bool       // to be written, or to be taken away
+	whole   bool                        // every peer was heard, what is not learned goes
+	pools   []api.IPPool                // as they were when routes were written
+	pooled  map[netip.Prefix]maps.Route // those of whole pools in the maps
 	alarms  map[bgp.Alarm]Alarm
 }
 
@@ -113,7 +116,7 @@ func (r *routes) heardAll() {
 }
 
 // sync writes what changed. What can't be written is tried again the next time.
-func (r *routes) sync() error {
+func (r *routes) sync(pools []api.IPPool) error {
 	r.mu.Lock()
 	whole := r.whole
 	r.whole = false
@@ -121,6 +124,14 @@ func (r *routes) sync() error {
 	var errs []error
 	if err := r.read(); err != nil {
 		return err
+	}
+	if !slices.EqualFunc(pools, r.pools, func(x, y api.IPPool) bool { return x.CIDR == y.CIDR && x.VXLANMode == y.VXLANMode }) {
+		r.pools = pools
+		r.mu.Lock()
+		for p := range r.learned {
+			r.dirty[p] = true
+		}
+		r.mu.Unlock()
 	}
 	if whole {
 		if err := r.forgetOld(); err != nil {
@@ -140,6 +151,7 @@ func (r *routes) sync() error {
 	for batch := range slices.Chunk(slices.Collect(stdmaps.Keys(todo)), batchSize) {
 		errs = append(errs, r.write(batch, want)...)
 	}
+	errs = append(errs, r.putPools())
 	if len(errs) > 3 {
 		errs = append(errs[:3], fmt.Errorf("and %d more", len(errs)-3))
 	}
@@ -215,6 +227,7 @@ func (r *routes) put(route bgp.Route, hops map[netip.Addr]hop) error {
 	m := maps.Route{
 		Prefix: route.Prefix, Kind: maps.RouteRemote, IfIndex: uint32(h.ifindex), NextHop: route.NextHop, MTU: uint16(min(h.mtu, 65535)),
 	}
+	_, m.InPool = poolOf(r.pools, route.Prefix)
 	r.mu.Lock()
 	same := r.written[route.Prefix] == m
 	r.mu.Unlock()
@@ -234,6 +247,49 @@ func (r *routes) put(route bgp.Route, hops map[netip.Addr]hop) error {
 	r.written[route.Prefix] = m
 	r.mu.Unlock()
 	return nil
+}
+
+// putPools keeps a route for each whole pool, so that what goes to an address in no known block is neither masqueraded nor
+// sent out; unless a wider learned route says who knows those blocks.
+func (r *routes) putPools() error {
+	want := make(map[netip.Prefix]maps.Route, len(r.pools))
+	r.mu.Lock()
+	for _, p := range r.pools {
+		if _, learned := r.learned[p.CIDR]; learned {
+			continue
+		}
+		m := maps.Route{Kind: maps.RoutePool}
+		for bits := range p.CIDR.Bits() {
+			wider, _ := p.CIDR.Addr().Prefix(bits)
+			if w, ok := r.written[wider]; ok {
+				m = w
+			}
+		}
+		m.Prefix, m.InPool = p.CIDR, true
+		want[p.CIDR] = m
+	}
+	r.mu.Unlock()
+	if stdmaps.Equal(want, r.pooled) {
+		return nil
+	}
+	lock, err := node.LockNode(context.Background(), r.a.StateDir)
+	if err != nil {
+		return err
+	}
+	defer lock.Unlock()
+	var errs []error
+	for p, m := range want {
+		if r.pooled[p] != m {
+			errs = append(errs, commit.PutRemote(r.a.maps, m))
+		}
+	}
+	for p := range r.pooled {
+		if _, ok := want[p]; !ok && r.written[p].Kind == 0 {
+			errs = append(errs, commit.RemoveRemote(r.a.maps, p))
+		}
+	}
+	r.pooled = want
+	return errors.Join(errs...)
 }
 
 // putKernel puts a route into the kernel's table, in place of one of ours. Somebody else's route is never replaced: it may be
@@ -281,8 +337,11 @@ func (r *routes) read() error {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.written = make(map[netip.Prefix]maps.Route)
+	r.written, r.pooled = make(map[netip.Prefix]maps.Route), make(map[netip.Prefix]maps.Route)
 	for _, m := range list {
+		if m.Kind == maps.RoutePool {
+			r.pooled[m.Prefix] = m
+		}
 		if m.Kind == maps.RouteRemote {
 			r.written[m.Prefix] = m
 		}

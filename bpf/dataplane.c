@@ -1,7 +1,7 @@
 //go:build ignore
 
 // dataplane.c: the programs, each a list of stages. A stage returns a verdict; VERDICT_NEXT goes on to the next.
-#include "finish.h"
+#include "masquerade.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -150,15 +150,24 @@ static __always_inline int to_pod_stages(struct __sk_buff *ctx, struct packet *p
 	return to_pod_slow(ctx, p);
 }
 
+// may_answer tells what can't be an answer to a masqueraded flow without looking for one.
+static __always_inline bool may_answer(const struct packet *p)
+{
+	struct state *s = node_state();
+	__u16 port = bpf_ntohs(end_port(&p->key, !p->side));
+
+	return s && s->nat_last && (p->flags & PKT_ICMP_ERROR || (port >= s->nat_first && port <= s->nat_last));
+}
+
 // from_net_slow finds out whether a packet from the net is for a pod, and whether it may be. A flow goes through the
 // host's stack in both directions or in none, so only what comes from another host's block, to which the answer goes
 // straight, goes straight to the pod.
 static __noinline int from_net_slow(struct __sk_buff *ctx, struct packet *p)
 {
 	struct route *from, *to;
+	int v, left = STACK_ROUTED;
 	struct origin o = {};
 	struct flow *f;
-	int v;
 
 	if (ctx->pkt_type || p->flags & PKT_ND) // PACKET_HOST is 0
 		return STACK_OTHER;
@@ -168,6 +177,12 @@ static __noinline int from_net_slow(struct __sk_buff *ctx, struct packet *p)
 	to = find_route(destination(p));
 	if (to && to->kind == ROUTE_BLACKHOLE)
 		return DROP_NO_POD;
+	if (to && to->kind == ROUTE_HOST && may_answer(p)) {
+		if ((v = unmasquerade_stage(ctx, p)))
+			return v;
+		left = STACK_ANSWER;
+		to = find_route(destination(p));
+	}
 	if (!to || to->kind != ROUTE_LOCAL_POD)
 		return STACK_OTHER;
 	if ((v = to_pod_stage(p, to, NULL, &o.peer)))
@@ -177,7 +192,7 @@ static __noinline int from_net_slow(struct __sk_buff *ctx, struct packet *p)
 	o.entered = ENTERED_NET;
 	if (p->flags & PKT_ICMP_ERROR) {
 		v = related(ctx, p, &o);
-		return v ? v : forward_stage(ctx, p);
+		return v ? v : left == STACK_ANSWER ? left : forward_stage(ctx, p);
 	}
 	if (!from || !straight(from, p->is_v6))
 		to_stack_stage(p);
@@ -188,7 +203,7 @@ static __noinline int from_net_slow(struct __sk_buff *ctx, struct packet *p)
 		if (leg->epoch && !leg->ifindex_in) // to_pod follows it
 			return STACK_REPLY;
 	} else if (p->to.forward == FORWARD_TO_STACK || (f && f->leg[!p->side].to.forward == FORWARD_TO_STACK)) {
-		return STACK_ROUTED;
+		return left;
 	}
 	if ((v = track(ctx, p, &o)))
 		return v;
@@ -220,6 +235,22 @@ static __always_inline bool as_from_pod(const struct flow_leg *leg, __u32 epoch,
 	       (leg->to.forward == FORWARD_TO_STACK || leg->to.forward == FORWARD_REPLY);
 }
 
+// leaves masquerades what is to be. What answers a flow that came from outside keeps its pod's address.
+static __always_inline int leaves(struct __sk_buff *ctx, struct packet *p, const struct pod_slot *self, int judged)
+{
+	bool wanted = masquerades(self, find_route(destination(p)), p->is_v6);
+	struct flow *f;
+	int v;
+
+	if (p->flags & PKT_ICMP_ERROR)
+		return wanted && (v = masquerade_error(ctx, p, true)) ? v : judged;
+	f = find_flow(&p->key);
+	// Once both sides know each other by some addresses they stay with them, whatever is wanted meanwhile.
+	if (f && (f->opener != p->side || f->state > FLOW_OPENING))
+		wanted = f->opener == p->side && f->masqueraded;
+	return wanted ? masquerade_stage(ctx, p) : judged;
+}
+
 // to_net_slow judges what the host's stack made of a pod's packet: translated, it belongs to a flow that from_pod does not
 // know.
 static __noinline int to_net_slow(struct __sk_buff *ctx, struct packet *p)
@@ -238,28 +269,48 @@ static __noinline int to_net_slow(struct __sk_buff *ctx, struct packet *p)
 	__builtin_memcpy(to, destination(p), 16);
 	if (!pod || is_multicast(to))
 		return STACK_OTHER;
-	f = find_flow(&p->key);
-	if (f && as_from_pod(&f->leg[p->side & 1], p->epoch, o.charged))
-		return FORWARD_JUDGED;
 	o.self = &pod->slot[p->epoch & 1];
 	o.entered = ENTERED_STACK;
-	to_stack_stage(p);
-	p->to.forward = FORWARD_DELIVER;
-	if ((v = p->flags & PKT_ICMP_ERROR ? related(ctx, p, &o) : track(ctx, p, &o)))
-		return v;
-	return FORWARD_FROM_STACK;
+	f = find_flow(&p->key);
+	v = FORWARD_JUDGED;
+	if (!f || !as_from_pod(&f->leg[p->side & 1], p->epoch, o.charged)) {
+		to_stack_stage(p);
+		p->to.forward = FORWARD_DELIVER;
+		if ((v = p->flags & PKT_ICMP_ERROR ? related(ctx, p, &o) : track(ctx, p, &o)))
+			return v;
+		v = FORWARD_FROM_STACK;
+	}
+	return leaves(ctx, p, o.self, v);
+}
+
+// maybe_icmp tells cheaply what a process of the host can't have sent: errors come from its stack.
+static __always_inline bool maybe_icmp(struct __sk_buff *ctx)
+{
+	__u8 protocol = 0;
+
+	if (ctx->protocol == bpf_htons(ETH_P_IPV6))
+		bpf_skb_load_bytes(ctx, ETH_HLEN + 6, &protocol, 1);
+	else
+		bpf_skb_load_bytes(ctx, ETH_HLEN + 9, &protocol, 1);
+	return is_icmp(protocol);
 }
 
 static __always_inline int to_net_stages(struct __sk_buff *ctx, struct packet *p)
 {
 	struct state *s = node_state();
+	int v;
 
-	if (!ctx->ingress_ifindex || !s || s->version != SCHEMA_VERSION)
+	if (!s || s->version != SCHEMA_VERSION)
+		return STACK_OTHER;
+	if (!ctx->ingress_ifindex && !(s->nat_last && maybe_icmp(ctx)))
 		return STACK_OTHER;
 	p->epoch = READ_ONCE(s->epoch);
 	if (parse(ctx, p) || p->flags & PKT_ND)
 		return STACK_OTHER;
-	return to_net_slow(ctx, p);
+	if (ctx->ingress_ifindex)
+		return to_net_slow(ctx, p);
+	v = p->flags & PKT_ICMP_ERROR ? masquerade_error(ctx, p, false) : VERDICT_NEXT;
+	return v ? v : STACK_OTHER;
 }
 
 SEC("tc")
@@ -318,8 +369,10 @@ static __always_inline bool purged(const struct purge_args *a, const struct flow
 
 static long purge_flow(void *map, struct flow_key *k, struct flow *f, struct purge_args *a)
 {
+	struct flow_key copy = *k; // the walk's own may only be read
+
 	if (purged(a, k, f))
-		a->removed += remove_flow(k, f);
+		a->removed += remove_flow(&copy, f);
 	return 0;
 }
 

@@ -30,7 +30,8 @@ type DataplaneFlow struct {
 	State       DataplaneFlowState
 	Opener      uint8
 	Seen        [2]uint8
-	Pad         [11]uint8
+	Masqueraded uint8
+	Pad         [10]uint8
 	Leg         [2]DataplaneFlowLeg
 }
 
@@ -104,6 +105,22 @@ type DataplaneFragmentKey struct {
 	Ifindex     uint32
 	Protocol    uint8
 	Pad         [7]uint8
+}
+
+type DataplaneNat struct {
+	_       structs.HostLayout
+	Address [16]uint8
+	Port    uint16
+	Side    uint8
+	Pad     [5]uint8
+}
+
+type DataplaneNatWork struct {
+	_      structs.HostLayout
+	Host   DataplaneNat
+	Pod    DataplaneNat
+	Answer DataplaneFlowKey
+	Held   DataplaneFlowKey
 }
 
 type DataplaneNextHop struct {
@@ -183,9 +200,16 @@ type DataplaneState struct {
 	MaxFlows uint32
 	Flows    uint32
 	Hand     uint32
-	Pad      uint32
+	NatFirst uint16
+	NatLast  uint16
 	Node     [32]uint8
 	Build    [8]uint8
+}
+
+type DataplaneUplink struct {
+	_         structs.HostLayout
+	AddressV4 [16]uint8
+	AddressV6 [16]uint8
 }
 
 // Names of all BPF objects in the ELF.
@@ -195,12 +219,16 @@ const (
 	DataplaneMapCaracalCounts  = "caracal_counts"
 	DataplaneMapCaracalFlows   = "caracal_flows"
 	DataplaneMapCaracalFrags   = "caracal_frags"
+	DataplaneMapCaracalNat     = "caracal_nat"
+	DataplaneMapCaracalNatopen = "caracal_natopen"
 	DataplaneMapCaracalOpens   = "caracal_opens"
 	DataplaneMapCaracalPods    = "caracal_pods"
 	DataplaneMapCaracalQuota   = "caracal_quota"
 	DataplaneMapCaracalRoutes  = "caracal_routes"
 	DataplaneMapCaracalSlots   = "caracal_slots"
 	DataplaneMapCaracalState   = "caracal_state"
+	DataplaneMapCaracalUplinks = "caracal_uplinks"
+	DataplaneMapCaracalWork    = "caracal_work"
 	DataplaneProgFromNet       = "from_net"
 	DataplaneProgFromPod       = "from_pod"
 	DataplaneProgPlaceholder   = "placeholder"
@@ -271,15 +299,19 @@ type DataplaneProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type DataplaneMapSpecs struct {
-	CaracalCounts *ebpf.MapSpec `ebpf:"caracal_counts"`
-	CaracalFlows  *ebpf.MapSpec `ebpf:"caracal_flows"`
-	CaracalFrags  *ebpf.MapSpec `ebpf:"caracal_frags"`
-	CaracalOpens  *ebpf.MapSpec `ebpf:"caracal_opens"`
-	CaracalPods   *ebpf.MapSpec `ebpf:"caracal_pods"`
-	CaracalQuota  *ebpf.MapSpec `ebpf:"caracal_quota"`
-	CaracalRoutes *ebpf.MapSpec `ebpf:"caracal_routes"`
-	CaracalSlots  *ebpf.MapSpec `ebpf:"caracal_slots"`
-	CaracalState  *ebpf.MapSpec `ebpf:"caracal_state"`
+	CaracalCounts  *ebpf.MapSpec `ebpf:"caracal_counts"`
+	CaracalFlows   *ebpf.MapSpec `ebpf:"caracal_flows"`
+	CaracalFrags   *ebpf.MapSpec `ebpf:"caracal_frags"`
+	CaracalNat     *ebpf.MapSpec `ebpf:"caracal_nat"`
+	CaracalNatopen *ebpf.MapSpec `ebpf:"caracal_natopen"`
+	CaracalOpens   *ebpf.MapSpec `ebpf:"caracal_opens"`
+	CaracalPods    *ebpf.MapSpec `ebpf:"caracal_pods"`
+	CaracalQuota   *ebpf.MapSpec `ebpf:"caracal_quota"`
+	CaracalRoutes  *ebpf.MapSpec `ebpf:"caracal_routes"`
+	CaracalSlots   *ebpf.MapSpec `ebpf:"caracal_slots"`
+	CaracalState   *ebpf.MapSpec `ebpf:"caracal_state"`
+	CaracalUplinks *ebpf.MapSpec `ebpf:"caracal_uplinks"`
+	CaracalWork    *ebpf.MapSpec `ebpf:"caracal_work"`
 }
 
 // DataplaneVariableSpecs contains global variables before they are loaded into the kernel.
@@ -316,15 +348,19 @@ func (o *DataplaneObjects) Close() error {
 //
 // It can be passed to LoadDataplaneObjects or ebpf.CollectionSpec.LoadAndAssign.
 type DataplaneMaps struct {
-	CaracalCounts *ebpf.Map `ebpf:"caracal_counts"`
-	CaracalFlows  *ebpf.Map `ebpf:"caracal_flows"`
-	CaracalFrags  *ebpf.Map `ebpf:"caracal_frags"`
-	CaracalOpens  *ebpf.Map `ebpf:"caracal_opens"`
-	CaracalPods   *ebpf.Map `ebpf:"caracal_pods"`
-	CaracalQuota  *ebpf.Map `ebpf:"caracal_quota"`
-	CaracalRoutes *ebpf.Map `ebpf:"caracal_routes"`
-	CaracalSlots  *ebpf.Map `ebpf:"caracal_slots"`
-	CaracalState  *ebpf.Map `ebpf:"caracal_state"`
+	CaracalCounts  *ebpf.Map `ebpf:"caracal_counts"`
+	CaracalFlows   *ebpf.Map `ebpf:"caracal_flows"`
+	CaracalFrags   *ebpf.Map `ebpf:"caracal_frags"`
+	CaracalNat     *ebpf.Map `ebpf:"caracal_nat"`
+	CaracalNatopen *ebpf.Map `ebpf:"caracal_natopen"`
+	CaracalOpens   *ebpf.Map `ebpf:"caracal_opens"`
+	CaracalPods    *ebpf.Map `ebpf:"caracal_pods"`
+	CaracalQuota   *ebpf.Map `ebpf:"caracal_quota"`
+	CaracalRoutes  *ebpf.Map `ebpf:"caracal_routes"`
+	CaracalSlots   *ebpf.Map `ebpf:"caracal_slots"`
+	CaracalState   *ebpf.Map `ebpf:"caracal_state"`
+	CaracalUplinks *ebpf.Map `ebpf:"caracal_uplinks"`
+	CaracalWork    *ebpf.Map `ebpf:"caracal_work"`
 }
 
 func (m *DataplaneMaps) Close() error {
@@ -332,12 +368,16 @@ func (m *DataplaneMaps) Close() error {
 		m.CaracalCounts,
 		m.CaracalFlows,
 		m.CaracalFrags,
+		m.CaracalNat,
+		m.CaracalNatopen,
 		m.CaracalOpens,
 		m.CaracalPods,
 		m.CaracalQuota,
 		m.CaracalRoutes,
 		m.CaracalSlots,
 		m.CaracalState,
+		m.CaracalUplinks,
+		m.CaracalWork,
 	)
 }
 

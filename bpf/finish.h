@@ -38,6 +38,7 @@ static __always_inline int finish(struct __sk_buff *ctx, const struct packet *p,
 		return bpf_redirect(ctx->ifindex, 0);
 	case FORWARD_FROM_STACK:
 	case FORWARD_JUDGED:
+	case FORWARD_MASQUERADED:
 	case STACK_ROUTED:
 	case STACK_REPLY:
 	case STACK_SHAPED:
@@ -46,6 +47,7 @@ static __always_inline int finish(struct __sk_buff *ctx, const struct packet *p,
 	case STACK_OPTIONS:
 	case STACK_PROTOCOL:
 	case STACK_ARP:
+	case STACK_ANSWER:
 	case STACK_OTHER:
 		if (p->mark)
 			ctx->mark |= mark_judged;

@@ -1,6 +1,6 @@
 // flow.h: the flow table: finding, expiring, confirming and removing flows.
 #pragma once
-#include "state.h"
+#include "nat.h"
 
 #define SLOT_TRIES 32      // places of caracal_slots that one insert looks at
 #define FRESH (5 * SECOND) // a leg seen so recently belongs to a flow that no timeout has ended
@@ -70,10 +70,13 @@ static __always_inline bool by_stack(enum flow_entry entered)
 // remove_flow removes a confirmed flow; of several removers at once one gives back its charge.
 static __noinline long remove_flow(struct flow_key *k, struct flow *f)
 {
+	bool masqueraded = f->masqueraded;
 	__u32 charged = f->charged;
 
 	if (bpf_map_delete_elem(&caracal_flows, k))
 		return 0;
+	if (masqueraded)
+		forget_nat(k);
 	uncharge(charged);
 	return 1;
 }
@@ -146,12 +149,12 @@ __noinline int charge(__u32 pod, __u8 entered, __u64 at)
 // confirm moves a flow from caracal_opens to caracal_flows.
 static __noinline int confirm(struct flow_key *k, struct flow *f, __u64 at)
 {
+	bool by_host = f->entered == ENTERED_HOST;
 	struct state *s = node_state();
 	struct flow_key *place;
 	struct quota *q;
-	struct flow copy;
+	__u32 index, charged = f->charged;
 	long slot, err;
-	__u32 index;
 
 	if (!s)
 		return DROP_NO_STATE;
@@ -162,25 +165,31 @@ static __noinline int confirm(struct flow_key *k, struct flow *f, __u64 at)
 	place = bpf_map_lookup_elem(&caracal_slots, &index);
 	if (!place)
 		return DROP_FLOWS_FULL;
-	copy = *f;
-	// Still this flow's, after it was copied? If not, it was confirmed by another CPU or displaced: the next packet tells.
-	if (bpf_map_lookup_elem(&caracal_opens, k) != f)
-		return VERDICT_NEXT;
-	copy.slot = index;
-	copy.state = FLOW_OPEN;
 	// Count first: a remover on another CPU must never see the flow uncounted.
 	__sync_fetch_and_add(&s->flows, 1);
-	q = bpf_map_lookup_elem(&caracal_quota, &copy.charged);
-	if (q && __sync_fetch_and_add(&q->flows, 1) >= q->limit && copy.entered != ENTERED_HOST) {
-		uncharge(copy.charged);
+	q = bpf_map_lookup_elem(&caracal_quota, &charged);
+	if (q && __sync_fetch_and_add(&q->flows, 1) >= q->limit && !by_host) {
+		uncharge(charged);
 		return DROP_QUOTA;
 	}
 	*place = *k;
-	err = bpf_map_update_elem(&caracal_flows, k, &copy, BPF_NOEXIST);
+	f->slot = index; // means nothing in caracal_opens, so it does no harm to a flow that has taken this element
+	err = bpf_map_update_elem(&caracal_flows, k, f, BPF_NOEXIST);
 	if (err)
-		uncharge(copy.charged);
+		uncharge(charged);
 	if (err && err != -17 /* EEXIST: the other side's packet did it */)
 		return DROP_FLOWS_FULL;
+	if (!err && bpf_map_lookup_elem(&caracal_opens, k) != f) {
+		// Displaced while it was copied, which may be another's then. The next packet opens it again.
+		if (!bpf_map_delete_elem(&caracal_flows, k))
+			uncharge(charged);
+		return VERDICT_NEXT;
+	}
+	f = bpf_map_lookup_elem(&caracal_flows, k);
+	if (f && !err)
+		f->state = FLOW_OPEN;
+	if (f && f->masqueraded)
+		keep_nat(k);
 	bpf_map_delete_elem(&caracal_opens, k);
 	return VERDICT_NEXT;
 }

@@ -71,7 +71,8 @@ static __always_inline int forward_stage(struct __sk_buff *ctx, struct packet *p
 			return STACK_TTL;
 		if (unlikely(oversize(ctx, p)))
 			return STACK_MTU;
-		return likely(p->to.forward == FORWARD_TO_POD) ? rewrite(ctx, p, FORWARD_POD) : rewrite(ctx, p, FORWARD_NET);
+		return likely(p->to.forward == FORWARD_TO_POD) ? rewrite(ctx, p, FORWARD_POD)
+							       : rewrite(ctx, p, FORWARD_NET);
 	case FORWARD_SHAPED:
 		p->mark = 1;
 		return STACK_SHAPED;

@@ -14,7 +14,9 @@
 #define PACKED __attribute__((packed))
 
 #define POD_ADDRESSES 4
-#define POD_SHAPED 1 // leaves and arrives through its qdiscs, so through the host's stack
+#define POD_SHAPED 1        // leaves and arrives through its qdiscs, so through the host's stack
+#define POD_MASQUERADE_V4 2 // what it sends out of all pools gets the host's address, by family
+#define POD_MASQUERADE_V6 4
 
 // One version of a pod.
 struct pod_slot {
@@ -58,9 +60,11 @@ struct route_key {
 	__u8 address[16];
 };
 
+#define ROUTE_IN_POOL 1 // a remote prefix inside the cluster's pools: what goes there is never masqueraded
+
 struct route {
 	enum route_kind kind;
-	__u8 flags;
+	__u8 flags;        // ROUTE_*
 	__u16 mtu;         // bytes of IP packet; 0, or more than it: the interface's when a flow is judged
 	__u32 ifindex;     // out of which; 0: none
 	__u8 next_hop[16]; // :: where there is none
@@ -143,9 +147,10 @@ struct flow {
 	__u32 slot;         // its place in caracal_slots
 	enum flow_entry entered;
 	enum flow_state state;
-	__u8 opener;  // 0: side a opened it, 1: side b
-	__u8 seen[2]; // SEEN_* of side a and b
-	__u8 pad[11];
+	__u8 opener;      // 0: side a opened it, 1: side b
+	__u8 seen[2];     // SEEN_* of side a and b
+	__u8 masqueraded; // 1: caracal_nat has entries of it
+	__u8 pad[10];
 	struct flow_leg leg[2]; // packets from side a, packets from side b
 };
 
@@ -177,6 +182,63 @@ struct {
 	__type(key, __u32);
 	__type(value, struct flow_key);
 } caracal_slots SEC(".maps");
+
+// What one end of a tuple is outside, or inside.
+struct nat {
+	__u8 address[16] ADDRESS;
+	__be16 port; // ICMP: the echo identifier
+	__u8 side;   // which end of the key it stands for: 0: a, 1: b
+	__u8 pad[5];
+};
+
+// caracal_nat: the two tuples of a masqueraded flow, each to what stands in its place. That of the pod leads to the host's
+// address and port, that of the host to the pod's. It holds confirmed flows only, so that it has room for each.
+// Writer: all hooks. Reader: from_net, to_net, caracalctl flows.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 262144);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct flow_key);
+	__type(value, struct nat);
+} caracal_nat SEC(".maps");
+
+// caracal_natopen: the same of flows in caracal_opens. A flood of them displaces only its own kind.
+// Writer: all hooks. Reader: from_net, to_net, caracalctl flows.
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 32768);
+	__type(key, struct flow_key);
+	__type(value, struct nat);
+} caracal_natopen SEC(".maps");
+
+// What making the entries of a new flow works on: too much for the stack. No program runs inside another on a CPU.
+struct nat_work {
+	struct nat host, pod;         // the entries
+	struct flow_key answer, held; // the new flow's tuple outside; the inner one of who has it
+};
+
+// caracal_work: one entry.
+// Writer and reader: to_net.
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct nat_work);
+} caracal_work SEC(".maps");
+
+struct uplink {
+	__u8 address_v4[16] ADDRESS; // that masqueraded packets leave with; ::: none
+	__u8 address_v6[16] ADDRESS;
+};
+
+// caracal_uplinks: uplink's ifindex -> its addresses.
+// Writer: agent. Reader: to_net, caracalctl doctor.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 256);
+	__type(key, __u32);
+	__type(value, struct uplink);
+} caracal_uplinks SEC(".maps");
 
 struct fragment_key {
 	__u8 source[16] ADDRESS;
@@ -239,13 +301,14 @@ struct state {
 	__u32 max_flows; // places in caracal_slots
 	__u32 flows;     // confirmed flows now
 	__u32 hand;      // next place of caracal_slots to look at
-	__u32 pad;
+	__u16 nat_first; // ports of masqueraded flows, both included; nat_last 0: nothing is masqueraded
+	__u16 nat_last;
 	__u8 node[32]; // the node's name, zero-terminated
 	__u8 build[8]; // which build of the programs is loaded
 };
 
 // caracal_state: one entry, also mapped into user space.
-// Writer: plugin and agent (epoch, by an atomic add), all hooks (flows, hand). Reader: all.
+// Writer: plugin and agent (epoch, by an atomic add), agent (nat_*), all hooks (flows, hand). Reader: all.
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE);

@@ -21,15 +21,19 @@ func Object() []byte { return _DataplaneBytes }
 // Maps are the maps of loaded objects by their kernel names, caracal_<noun>.
 func Maps(o *DataplaneObjects) map[string]*ebpf.Map {
 	return map[string]*ebpf.Map{
-		DataplaneMapCaracalCounts: o.CaracalCounts,
-		DataplaneMapCaracalFlows:  o.CaracalFlows,
-		DataplaneMapCaracalFrags:  o.CaracalFrags,
-		DataplaneMapCaracalOpens:  o.CaracalOpens,
-		DataplaneMapCaracalPods:   o.CaracalPods,
-		DataplaneMapCaracalQuota:  o.CaracalQuota,
-		DataplaneMapCaracalRoutes: o.CaracalRoutes,
-		DataplaneMapCaracalSlots:  o.CaracalSlots,
-		DataplaneMapCaracalState:  o.CaracalState,
+		DataplaneMapCaracalCounts:  o.CaracalCounts,
+		DataplaneMapCaracalFlows:   o.CaracalFlows,
+		DataplaneMapCaracalFrags:   o.CaracalFrags,
+		DataplaneMapCaracalNat:     o.CaracalNat,
+		DataplaneMapCaracalNatopen: o.CaracalNatopen,
+		DataplaneMapCaracalOpens:   o.CaracalOpens,
+		DataplaneMapCaracalPods:    o.CaracalPods,
+		DataplaneMapCaracalQuota:   o.CaracalQuota,
+		DataplaneMapCaracalRoutes:  o.CaracalRoutes,
+		DataplaneMapCaracalSlots:   o.CaracalSlots,
+		DataplaneMapCaracalState:   o.CaracalState,
+		DataplaneMapCaracalUplinks: o.CaracalUplinks,
+		DataplaneMapCaracalWork:    o.CaracalWork,
 	}
 }
 

@@ -76,14 +76,25 @@ static __always_inline const __u64 *cwords(const __u8 *address)
 	return (const __u64 *)address;
 }
 
+// end_address and end_port are what a key has on a side, 0 for a.
+static __always_inline const __u8 *end_address(const struct flow_key *k, bool side)
+{
+	return side ? k->address_b : k->address_a;
+}
+
+static __always_inline __be16 end_port(const struct flow_key *k, bool side)
+{
+	return side ? k->port_b : k->port_a;
+}
+
 static __always_inline const __u8 *source(const struct packet *p)
 {
-	return p->side ? p->key.address_b : p->key.address_a;
+	return end_address(&p->key, p->side);
 }
 
 static __always_inline const __u8 *destination(const struct packet *p)
 {
-	return p->side ? p->key.address_a : p->key.address_b;
+	return end_address(&p->key, !p->side);
 }
 
 static __always_inline bool same_address(const __u8 *x, const __u8 *y)
@@ -102,29 +113,35 @@ static __always_inline void put_address(__u8 *to, __u64 hi, __u64 lo)
 	words(to)[1] = lo;
 }
 
-// tuple writes the sorted key. sport and dport are in wire order.
-static __always_inline void tuple(struct packet *p, __u64 src_hi, __u64 src_lo, __u64 dst_hi, __u64 dst_lo,
-				  __be16 sport, __be16 dport)
+// sorted writes the addresses and ports of a key in their order. It returns the source's side. Ports are in wire order.
+static __always_inline bool sorted(struct flow_key *k, __u64 src_hi, __u64 src_lo, __u64 dst_hi, __u64 dst_lo,
+				   __be16 sport, __be16 dport)
 {
 	bool swap = src_lo > dst_lo || (src_lo == dst_lo && (src_hi > dst_hi || (src_hi == dst_hi && sport > dport)));
 
-	p->side = swap;
 	if (swap) {
-		put_address(p->key.address_a, dst_hi, dst_lo);
-		put_address(p->key.address_b, src_hi, src_lo);
-		p->key.port_a = dport;
-		p->key.port_b = sport;
+		put_address(k->address_a, dst_hi, dst_lo);
+		put_address(k->address_b, src_hi, src_lo);
+		k->port_a = dport;
+		k->port_b = sport;
 	} else {
-		put_address(p->key.address_a, src_hi, src_lo);
-		put_address(p->key.address_b, dst_hi, dst_lo);
-		p->key.port_a = sport;
-		p->key.port_b = dport;
+		put_address(k->address_a, src_hi, src_lo);
+		put_address(k->address_b, dst_hi, dst_lo);
+		k->port_a = sport;
+		k->port_b = dport;
 	}
+	return swap;
 }
 
 static __always_inline __u64 v4_low(__be32 address)
 {
 	return V4_WORD | (__u64)address << 32;
+}
+
+// is_query tells the ICMP messages that carry an identifier: echo, timestamp, information and mask, and their replies.
+static __always_inline bool is_query(bool is_v6, __u8 type)
+{
+	return is_v6 ? type == 128 || type == 129 : type == 0 || type == 8 || (type >= 13 && type <= 18);
 }
 
 // icmp sets what an ICMP message is. The identifier takes the place of both ports, so that a request and its reply
@@ -143,15 +160,17 @@ static __always_inline void icmp(struct packet *p, __u8 type, __u8 code, __be16 
 	} else if (type == 5) {
 		p->flags |= PKT_ICMP_REDIRECT;
 	}
-	bool query = p->is_v6 ? type == 128 || type == 129 : type == 0 || type == 8 || (type >= 13 && type <= 18);
+	*sport = *dport = is_query(p->is_v6, type) ? id : 0;
+}
 
-	*sport = *dport = query ? id : 0;
+static __always_inline bool is_icmp(__u8 protocol)
+{
+	return protocol == PROTO_ICMP || protocol == PROTO_ICMPV6;
 }
 
 static __always_inline bool has_ports(__u8 protocol)
 {
-	return protocol == PROTO_TCP || protocol == PROTO_UDP || protocol == PROTO_SCTP || protocol == PROTO_ICMP ||
-	       protocol == PROTO_ICMPV6;
+	return protocol == PROTO_TCP || protocol == PROTO_UDP || protocol == PROTO_SCTP || is_icmp(protocol);
 }
 
 // transport reads what the flow needs from the first bytes of the transport header, wherever it lies.
@@ -422,6 +441,6 @@ static __always_inline int parse(struct __sk_buff *ctx, struct packet *p)
 	} else if ((v = uncommon(ctx, p, &ends, &both))) {
 		return v;
 	}
-	tuple(p, address[0], address[1], address[2], address[3], ports[0], ports[1]);
+	p->side = sorted(&p->key, address[0], address[1], address[2], address[3], ports[0], ports[1]);
 	return VERDICT_NEXT;
 }

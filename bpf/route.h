@@ -31,6 +31,19 @@ static __always_inline bool straight(const struct route *r, bool is_v6)
 	return r->kind == ROUTE_REMOTE && r->ifindex && (cwords(hop)[0] || cwords(hop)[1]) && !(is_v6 && is_v4(hop));
 }
 
+// inside tells whether a route leads into the cluster's pools.
+static __always_inline bool inside(const struct route *r)
+{
+	return r && (r->kind == ROUTE_LOCAL_POD || r->kind == ROUTE_BLACKHOLE || r->kind == ROUTE_POOL ||
+		     r->kind == ROUTE_TUNNEL || r->flags & ROUTE_IN_POOL);
+}
+
+// masquerades tells whether a pod's packet by route r leaves with the host's address.
+static __always_inline bool masquerades(const struct pod_slot *self, const struct route *r, bool is_v6)
+{
+	return self->flags & (is_v6 ? POD_MASQUERADE_V6 : POD_MASQUERADE_V4) && !inside(r);
+}
+
 // to_pod_stage sets p->to from the route of a local pod. self is the sender, NULL when it is no pod of this node.
 static __always_inline int to_pod_stage(struct packet *p, const struct route *r, const struct pod_slot *self,
 					const struct pod_slot **peer)
@@ -58,7 +71,7 @@ static __always_inline void to_net_stage(struct __sk_buff *ctx, struct packet *p
 {
 	__u32 mtu = 0;
 
-	if (!straight(r, p->is_v6))
+	if (!straight(r, p->is_v6) || masquerades(self, r, p->is_v6))
 		return;
 	p->to.mtu = r->mtu;
 	// What is larger than the interface's would be lost on it, without a word.

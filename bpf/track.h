@@ -41,41 +41,49 @@ static __always_inline void through(struct packet *p, const struct flow *f)
 	}
 }
 
-static __noinline int open_flow(struct __sk_buff *ctx, struct packet *p, struct origin *o, __u64 at)
+// insert_flow writes a new flow that side `opener` opened. It is a function of its own for the stack that it takes.
+static __noinline void insert_flow(struct __sk_buff *ctx, struct packet *p, const struct origin *o, __u64 at,
+				   __u8 opener)
 {
 	struct flow n = {};
 	struct flow *f;
-	int v = VERDICT_NEXT;
-	long err;
 
-	n.opener = p->side & 1;
-	if (o->entered != ENTERED_HOST)
-		v = oriented(o, false);
-	// A TCP packet in the middle of a connection may come from either side.
-	if (v && p->key.protocol == PROTO_TCP && !(p->tcp_flags & TCP_SYN) && !oriented(o, true)) {
-		v = VERDICT_NEXT;
-		n.opener ^= 1;
-	}
-	if (v)
-		return v;
-	v = charge(o->charged, o->entered, at);
-	if (v) // what a process of the host sends arrives also when its flow finds no room
-		return o->entered == ENTERED_HOST ? VERDICT_NEXT : v;
+	n.opener = opener;
 	n.opened = at;
 	n.charged = o->charged;
 	n.entered = o->entered;
 	n.state = FLOW_OPENING;
 	stamp(&n.leg[p->side & 1], p, o->ifindex);
 	account(ctx, &n.leg[p->side & 1], at);
-	err = bpf_map_update_elem(&caracal_opens, &p->key, &n, BPF_NOEXIST);
-	if (err != -17 /* EEXIST: another CPU opened it since we looked */)
-		return VERDICT_NEXT; // without room for the entry the next packet opens it again
+	if (bpf_map_update_elem(&caracal_opens, &p->key, &n, BPF_NOEXIST) !=
+	    -17 /* EEXIST: another CPU opened it meanwhile */)
+		return; // without room for the entry the next packet opens it again
 	f = bpf_map_lookup_elem(&caracal_opens, &p->key);
 	if (f) {
 		through(p, f);
 		stamp(&f->leg[p->side & 1], p, o->ifindex);
 		account(ctx, &f->leg[p->side & 1], at);
 	}
+}
+
+static __noinline int open_flow(struct __sk_buff *ctx, struct packet *p, struct origin *o, __u64 at)
+{
+	__u8 opener = p->side & 1;
+	int v = VERDICT_NEXT;
+
+	if (o->entered != ENTERED_HOST)
+		v = oriented(o, false);
+	// A TCP packet in the middle of a connection may come from either side.
+	if (v && p->key.protocol == PROTO_TCP && !(p->tcp_flags & TCP_SYN) && !oriented(o, true)) {
+		v = VERDICT_NEXT;
+		opener ^= 1;
+	}
+	if (v)
+		return v;
+	v = charge(o->charged, o->entered, at);
+	if (v) // what a process of the host sends arrives also when its flow finds no room
+		return o->entered == ENTERED_HOST ? VERDICT_NEXT : v;
+	insert_flow(ctx, p, o, at, opener);
 	return VERDICT_NEXT;
 }
 
@@ -123,56 +131,75 @@ static __noinline int track(struct __sk_buff *ctx, struct packet *p, struct orig
 	return VERDICT_NEXT;
 }
 
-// related passes an ICMP error that is about a flow which policy still allows, found in the packet it quotes. It must go
-// to who sent that packet (RFC 1122 section 3.2.2, RFC 4443 section 2.4), and what a pod sends must come from who received
-// it: no pod speaks about the flows of others.
-static __noinline int related(struct __sk_buff *ctx, struct packet *p, struct origin *o)
+// What an ICMP error quotes: the tuple of the packet that it is about, its source on side `side`, and where it lies.
+struct quoted {
+	struct flow_key key;
+	__u32 ip_at, l4_at; // from the start of the frame
+	__u8 side;
+};
+
+// quote reads it: true. It is a global function, so that the verifier walks it once; those return int and take no NULL.
+__noinline int quote(struct __sk_buff *ctx, const struct packet *p, struct quoted *q)
 {
-	__u32 at = p->l4_offset + 8;
-	struct packet q = {};
 	__u64 address[4] = {};
 	__be16 ports[2] = {};
 	__u8 l4[8] = {};
-	struct flow *f;
+	__u32 at;
 
+	if (!p || !q)
+		return false;
+	at = p->l4_offset + 8;
+	q->ip_at = at;
 	if (p->is_v6) {
 		struct ipv6hdr ip;
 
 		if (bpf_skb_load_bytes(ctx, at, &ip, sizeof(ip)))
-			return DROP_ICMP_ERROR;
-		q.is_v6 = 1;
-		q.key.protocol = ip.nexthdr;
+			return false;
+		q->key.protocol = ip.nexthdr;
 		__builtin_memcpy(&address[0], &ip.saddr, 16);
 		__builtin_memcpy(&address[2], &ip.daddr, 16);
 		at += sizeof(ip);
-		if (q.key.protocol == PROTO_FRAGMENT) { // of the first fragment, or of one alone
+		if (q->key.protocol == PROTO_FRAGMENT) { // of the first fragment, or of one alone
 			if (bpf_skb_load_bytes(ctx, at, l4, sizeof(l4)) || *(__be16 *)&l4[2] & bpf_htons(0xfff8))
-				return DROP_ICMP_ERROR;
-			q.key.protocol = l4[0];
+				return false;
+			q->key.protocol = l4[0];
 			at += 8;
 		}
 	} else {
 		struct iphdr ip;
 
 		if (bpf_skb_load_bytes(ctx, at, &ip, sizeof(ip)) || ip.ihl < 5 || ip.frag_off & bpf_htons(0x1fff))
-			return DROP_ICMP_ERROR;
-		q.key.protocol = ip.protocol;
+			return false;
+		q->key.protocol = ip.protocol;
 		address[1] = v4_low(ip.saddr);
 		address[3] = v4_low(ip.daddr);
 		at += ip.ihl * 4;
 	}
+	q->l4_at = at;
 	if (bpf_skb_load_bytes(ctx, at, l4, sizeof(l4)))
-		return DROP_ICMP_ERROR;
-	if (q.key.protocol == PROTO_ICMP || q.key.protocol == PROTO_ICMPV6) {
-		icmp(&q, l4[0], l4[1], *(__be16 *)&l4[4], &ports[0], &ports[1]);
-	} else if (q.key.protocol == PROTO_TCP || q.key.protocol == PROTO_UDP || q.key.protocol == PROTO_SCTP) {
+		return false;
+	if (is_icmp(q->key.protocol)) {
+		if (is_query(p->is_v6, l4[0]))
+			ports[0] = ports[1] = *(__be16 *)&l4[4];
+	} else if (has_ports(q->key.protocol)) {
 		ports[0] = *(__be16 *)&l4[0];
 		ports[1] = *(__be16 *)&l4[2];
 	}
-	tuple(&q, address[0], address[1], address[2], address[3], ports[0], ports[1]);
-	if (!same_address(source(&q), destination(p)))
+	q->side = sorted(&q->key, address[0], address[1], address[2], address[3], ports[0], ports[1]);
+	return true;
+}
+
+// related passes an ICMP error that is about a flow which policy still allows, found in the packet it quotes. It must go
+// to who sent that packet (RFC 1122 section 3.2.2, RFC 4443 section 2.4), and what a pod sends must come from who received
+// it: no pod speaks about the flows of others.
+static __noinline int related(struct __sk_buff *ctx, struct packet *p, struct origin *o)
+{
+	struct quoted q = {};
+	struct flow *f;
+
+	if (!quote(ctx, p, &q) || !same_address(end_address(&q.key, q.side), destination(p)))
 		return DROP_ICMP_ERROR;
-	if (p->hook == HOOK_FROM_POD && !same_address(destination(&q), source(p)))
+	if (p->hook == HOOK_FROM_POD && !same_address(end_address(&q.key, !q.side), source(p)))
 		return DROP_ICMP_ERROR;
 	f = find_flow(&q.key);
 	if (!f)

@@ -47,7 +47,12 @@
 	X(DROP_REWRITE, "could not be rewritten (out of memory)")                                                      \
 	X(FORWARD_NET, "sent out of an uplink to the next host")                                                       \
 	X(STACK_OTHER, "neither from nor to a pod of this node, as far as Caracal can tell: left alone")               \
-	X(DROP_SPOOF_NET, "came from the net with a source address of this node's pods or blocks")
+	X(DROP_SPOOF_NET, "came from the net with a source address of this node's pods or blocks")                     \
+	X(FORWARD_MASQUERADED, "left for the outside with this host's address")                                        \
+	X(STACK_ANSWER, "answer to a masqueraded flow: given its pod's address back and left to the host's stack")     \
+	X(DROP_NAT_PROTOCOL, "can't be masqueraded: neither TCP, UDP nor an ICMP query")                               \
+	X(DROP_NAT_ADDRESS, "can't be masqueraded: the uplink has no address of that family")                          \
+	X(DROP_NAT_PORTS, "can't be masqueraded: every port towards its destination is in use")
 
 enum verdict {
 #define X(name, sentence) name,

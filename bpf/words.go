@@ -53,6 +53,11 @@ var Verdicts = []Word{
 	{"forward_net", "sent out of an uplink to the next host"},
 	{"stack_other", "neither from nor to a pod of this node, as far as Caracal can tell: left alone"},
 	{"drop_spoof_net", "came from the net with a source address of this node's pods or blocks"},
+	{"forward_masqueraded", "left for the outside with this host's address"},
+	{"stack_answer", "answer to a masqueraded flow: given its pod's address back and left to the host's stack"},
+	{"drop_nat_protocol", "can't be masqueraded: neither TCP, UDP nor an ICMP query"},
+	{"drop_nat_address", "can't be masqueraded: the uplink has no address of that family"},
+	{"drop_nat_ports", "can't be masqueraded: every port towards its destination is in use"},
 }
 
 // Hooks are the hooks by number.

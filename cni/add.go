@@ -347,6 +347,7 @@ func (a *adding) recordOnce(ctx context.Context) (old []node.Endpoint, err error
 	if err != nil {
 		return nil, err
 	}
+	masquerade4, masquerade6 := false, false
 	err = db.Update(func(tx *node.Tx) error {
 		if old, err = a.predecessors(tx); err != nil || len(old) > 0 {
 			return err
@@ -380,6 +381,7 @@ func (a *adding) recordOnce(ctx context.Context) (old []node.Endpoint, err error
 				a.blocks = append(a.blocks, h.Block)
 			}
 			a.veth.addrs = addrs
+			masquerade4, masquerade6 = ipam.NATOutgoing(pools, addrs)
 		}
 		if len(a.veth.addrs) == 0 {
 			return fail(codeConfig, "the attachment would have no address: neither family is assigned")
@@ -394,7 +396,8 @@ func (a *adding) recordOnce(ctx context.Context) (old []node.Endpoint, err error
 			Key: a.key, HostIfName: a.veth.hostName, Netns: a.env.Netns, NetnsID: fmt.Sprint(inode),
 			MAC: a.veth.mac.String(), HostMAC: hostMAC.String(), Addrs: a.veth.addrs, MTU: a.veth.mtu, Shaped: a.c.shaped(),
 			PodName: a.env.Args["K8S_POD_NAME"], PodNamespace: a.env.Args["K8S_POD_NAMESPACE"], PodUID: a.env.Args["K8S_POD_UID"],
-			Labels: a.c.labels(), IPAM: ipam.Name, Created: time.Now().UTC(),
+			Labels: a.c.labels(), IPAM: ipam.Name, Created: time.Now().UTC(), IPMasq: bool(a.c.IPMasq),
+			Masquerade4: masquerade4 || bool(a.c.IPMasq), Masquerade6: masquerade6 || bool(a.c.IPMasq),
 		}
 		if !a.c.ownIPAM() {
 			a.record.IPAM = a.c.IPAM.Type
@@ -459,7 +462,13 @@ func (a *adding) commit(ctx context.Context) error {
 			return err
 		}
 	}
-	return commit.AddPod(m, podOf(a.record, a.veth.hostIndex))
+	if err := commit.AddPod(m, commit.PodOf(a.record, a.veth.hostIndex)); err != nil {
+		return err
+	}
+	if a.record.Masquerade4 || a.record.Masquerade6 {
+		return a.openOutside(m)
+	}
+	return nil
 }
 
 // setNode brings the node's own routes up to date in the maps. Callers hold the node lock.
@@ -480,15 +489,6 @@ func (p *Plugin) setNode(ctx context.Context, c *Config, host *netlink.Handle, m
 		return err
 	}
 	return commit.SetNode(m, addrs, blocks)
-}
-
-// podOf is the dataplane's view of a record.
-func podOf(e node.Endpoint, hostIndex int) commit.Pod {
-	mac, _ := net.ParseMAC(e.MAC)
-	gw, _ := net.ParseMAC(e.HostMAC)
-	return commit.Pod{
-		IfIndex: hostIndex, Addrs: e.Addrs, MAC: mac, HostMAC: gw, MTU: e.MTU, Shaped: e.Shaped, Network: e.Network,
-	}
 }
 
 // undo removes what make made.

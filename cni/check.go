@@ -62,7 +62,7 @@ func (p *Plugin) check(ctx context.Context, env *Env, c *Config) error {
 		return err
 	}
 	defer m.Close()
-	if err := commit.CheckPod(m, podOf(e, host)); err != nil {
+	if err := commit.CheckPod(m, commit.PodOf(e, host)); err != nil {
 		return differs("%s", err)
 	}
 	if !c.ownIPAM() {

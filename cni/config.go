@@ -39,6 +39,7 @@ type Config struct {
 	DNS        types.DNS  `json:"dns"`
 
 	MTU             int             `json:"mtu"`      // bytes; 0: that of the interface with the default route
+	IPMasq          truth           `json:"ipMasq"`   // true: what leaves all pools gets the host's address
 	NodeName        string          `json:"nodename"` // Calico's
 	LogLevel        string          `json:"log_level"`
 	LogFilePath     string          `json:"log_file_path"`

@@ -116,7 +116,7 @@ func (p *Plugin) unmap(ctx context.Context, c *Config, key node.Key) (node.Endpo
 	if mapped == 0 {
 		mapped = mappedTo(m, e.Addrs)
 	}
-	return e, ifindex, commit.RemovePod(m, podOf(e, mapped))
+	return e, ifindex, commit.RemovePod(m, commit.PodOf(e, mapped))
 }
 
 // mappedTo is the ifindex that the maps have for addresses whose interface is gone, 0 when they have none.
@@ -191,7 +191,7 @@ func unmapLate(c *Config, e node.Endpoint) error {
 	defer m.Close()
 	for _, a := range e.Addrs {
 		if r, err := m.Route(netip.PrefixFrom(a, a.BitLen())); err == nil && r.Kind == maps.RouteLocalPod {
-			return commit.RemovePod(m, podOf(e, int(r.IfIndex)))
+			return commit.RemovePod(m, commit.PodOf(e, int(r.IfIndex)))
 		}
 	}
 	return nil

@@ -248,7 +248,7 @@ func (s *settler) changeMAC(ctx context.Context, host *netlink.Handle, e node.En
 		}
 		defer m.Close()
 		now.MAC = mac.String()
-		if err := commit.AddPod(m, podOf(now, ifindex)); err != nil {
+		if err := commit.AddPod(m, commit.PodOf(now, ifindex)); err != nil {
 			return err
 		}
 		return tx.PutEndpoint(now)

@@ -10,6 +10,7 @@ import (
 	"slices"
 
 	"github.com/caracal-net/caracal/maps"
+	"github.com/caracal-net/caracal/node"
 )
 
 // ErrAddressTaken says that another pod of this node holds an address.
@@ -24,6 +25,18 @@ type Pod struct {
 	MTU     int              // bytes of IP packet
 	Shaped  bool             // leaves and arrives through its qdiscs
 	Network string           // the network's name
+	// What it sends out of all pools gets the host's address, by family.
+	Masquerade4, Masquerade6 bool
+}
+
+// PodOf is the dataplane's view of a recorded endpoint whose host interface is ifindex.
+func PodOf(e node.Endpoint, ifindex int) Pod {
+	mac, _ := net.ParseMAC(e.MAC) // of a record that was checked when it was written
+	gateway, _ := net.ParseMAC(e.HostMAC)
+	return Pod{
+		IfIndex: ifindex, Addrs: e.Addrs, MAC: mac, HostMAC: gateway, MTU: e.MTU, Shaped: e.Shaped, Network: e.Network,
+		Masquerade4: e.Masquerade4, Masquerade6: e.Masquerade6,
+	}
 }
 
 // AddPod makes pod p known and reachable, and raises the epoch. Repeating it is fine. ErrAddressTaken when another
@@ -91,6 +104,8 @@ func CheckPod(m *maps.Maps, p Pod) error {
 		return fmt.Errorf("pod %d: MTU in caracal_pods is %d, not %d", p.IfIndex, got.MTU, w.MTU)
 	case got.Shaped != w.Shaped:
 		return fmt.Errorf("pod %d: shaped in caracal_pods is %t, not %t", p.IfIndex, got.Shaped, w.Shaped)
+	case got.Masquerade4 != w.Masquerade4 || got.Masquerade6 != w.Masquerade6:
+		return fmt.Errorf("pod %d: masqueraded in caracal_pods are IPv4 %t, IPv6 %t, not %t, %t", p.IfIndex, got.Masquerade4, got.Masquerade6, w.Masquerade4, w.Masquerade6)
 	case got.Network != w.Network:
 		return fmt.Errorf("pod %d: network in caracal_pods is %d, not %d", p.IfIndex, got.Network, w.Network)
 	}
@@ -194,6 +209,7 @@ func want(p Pod) maps.Pod {
 	return maps.Pod{
 		IfIndex: uint32(p.IfIndex), Addresses: p.Addrs, Network: maps.NetworkID(p.Network),
 		MTU: uint16(p.MTU), Shaped: p.Shaped, MAC: p.MAC, HostMAC: p.HostMAC,
+		Masquerade4: p.Masquerade4, Masquerade6: p.Masquerade6,
 	}
 }
 

@@ -88,3 +88,15 @@ func Blocks(p api.IPPool) iter.Seq[netip.Prefix] {
 		}
 	}
 }
+
+// NATOutgoing tells, by family, whether one of the addresses comes out of a pool whose pods are masqueraded.
+func NATOutgoing(pools []api.IPPool, addrs []netip.Addr) (v4, v6 bool) {
+	for _, p := range pools {
+		for _, a := range addrs {
+			if p.NATOutgoing && p.CIDR.Contains(a) {
+				v4, v6 = v4 || a.Is4(), v6 || a.Is6()
+			}
+		}
+	}
+	return v4, v6
+}

@@ -268,23 +268,30 @@ func TestReadableMaps(t *testing.T) {
 		t.Skip("no bpftool")
 	}
 	fill := map[string]struct{ key, value any }{
-		bpf.DataplaneMapCaracalPods:   {uint32(1), &bpf.DataplanePod{}},
-		bpf.DataplaneMapCaracalRoutes: {&bpf.DataplaneRouteKey{Prefixlen: 128}, &bpf.DataplaneRoute{}},
-		bpf.DataplaneMapCaracalFlows:  {&bpf.DataplaneFlowKey{}, &bpf.DataplaneFlow{}},
-		bpf.DataplaneMapCaracalOpens:  {&bpf.DataplaneFlowKey{}, &bpf.DataplaneFlow{}},
-		bpf.DataplaneMapCaracalFrags:  {&bpf.DataplaneFragmentKey{}, &bpf.DataplaneFragment{}},
-		bpf.DataplaneMapCaracalQuota:  {uint32(1), &bpf.DataplaneQuota{}},
+		bpf.DataplaneMapCaracalPods:    {uint32(1), &bpf.DataplanePod{}},
+		bpf.DataplaneMapCaracalRoutes:  {&bpf.DataplaneRouteKey{Prefixlen: 128}, &bpf.DataplaneRoute{}},
+		bpf.DataplaneMapCaracalFlows:   {&bpf.DataplaneFlowKey{}, &bpf.DataplaneFlow{}},
+		bpf.DataplaneMapCaracalOpens:   {&bpf.DataplaneFlowKey{}, &bpf.DataplaneFlow{}},
+		bpf.DataplaneMapCaracalFrags:   {&bpf.DataplaneFragmentKey{}, &bpf.DataplaneFragment{}},
+		bpf.DataplaneMapCaracalQuota:   {uint32(1), &bpf.DataplaneQuota{}},
+		bpf.DataplaneMapCaracalNat:     {&bpf.DataplaneFlowKey{}, &bpf.DataplaneNat{}},
+		bpf.DataplaneMapCaracalNatopen: {&bpf.DataplaneFlowKey{}, &bpf.DataplaneNat{}},
+		bpf.DataplaneMapCaracalUplinks: {uint32(1), &bpf.DataplaneUplink{}},
 	}
 	want := map[string][]string{
-		bpf.DataplaneMapCaracalPods:   {"slot", "addresses", "policy_egress", "mac"},
-		bpf.DataplaneMapCaracalRoutes: {"prefixlen", "address", "kind", "ROUTE_NONE", "next_hop"},
-		bpf.DataplaneMapCaracalFlows:  {"address_a", "protocol", "opener", "FLOW_NEW", "leg", "epoch", "ifindex_in", "bound"},
-		bpf.DataplaneMapCaracalOpens:  {"address_a", "state", "leg"},
-		bpf.DataplaneMapCaracalFrags:  {"source", "id", "ifindex", "source_port"},
-		bpf.DataplaneMapCaracalQuota:  {"flows", "limit"},
-		bpf.DataplaneMapCaracalSlots:  {"address_a", "port_b"},
-		bpf.DataplaneMapCaracalCounts: {"packets", "bytes"},
-		bpf.DataplaneMapCaracalState:  {"epoch", "version", "max_flows", "node"},
+		bpf.DataplaneMapCaracalPods:    {"slot", "addresses", "policy_egress", "mac"},
+		bpf.DataplaneMapCaracalRoutes:  {"prefixlen", "address", "kind", "ROUTE_NONE", "next_hop"},
+		bpf.DataplaneMapCaracalFlows:   {"address_a", "protocol", "opener", "FLOW_NEW", "leg", "epoch", "ifindex_in", "bound"},
+		bpf.DataplaneMapCaracalOpens:   {"address_a", "state", "leg"},
+		bpf.DataplaneMapCaracalFrags:   {"source", "id", "ifindex", "source_port"},
+		bpf.DataplaneMapCaracalQuota:   {"flows", "limit"},
+		bpf.DataplaneMapCaracalSlots:   {"address_a", "port_b"},
+		bpf.DataplaneMapCaracalNat:     {"address_a", "port_b", "address", "port", "side"},
+		bpf.DataplaneMapCaracalNatopen: {"address_a", "port_b", "address", "port", "side"},
+		bpf.DataplaneMapCaracalUplinks: {"address_v4", "address_v6"},
+		bpf.DataplaneMapCaracalWork:    {"host", "pod", "answer", "held"},
+		bpf.DataplaneMapCaracalCounts:  {"packets", "bytes"},
+		bpf.DataplaneMapCaracalState:   {"epoch", "version", "max_flows", "node"},
 	}
 	for name := range bpf.Maps(&bpf.DataplaneObjects{}) {
 		path := bpf.MapPath(dir, name)

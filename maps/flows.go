@@ -28,6 +28,8 @@ type Flow struct {
 	Idle      time.Duration  `json:"idle"`     // since its last packet, ns
 	Sent      Leg            `json:"sent"`     // by the opener
 	Received  Leg            `json:"received"` // by the opener
+	// Masquerade is what its pod's address and port are outside; zero: the same.
+	Masquerade netip.AddrPort `json:"masquerade,omitzero"`
 }
 
 // Leg is one direction of a flow.
@@ -61,29 +63,38 @@ func (m *Maps) Flows() ([]Flow, error) {
 		return nil, fmt.Errorf("read clock: %w", err)
 	}
 	at := uint64(now.Nano())
-	confirmed, err := m.listFlows(bpf.DataplaneMapCaracalFlows, at, true)
+	confirmed, err := m.listFlows(bpf.DataplaneMapCaracalFlows, bpf.DataplaneMapCaracalNat, at, true)
 	if err != nil {
 		return nil, err
 	}
-	opening, err := m.listFlows(bpf.DataplaneMapCaracalOpens, at, false)
+	opening, err := m.listFlows(bpf.DataplaneMapCaracalOpens, bpf.DataplaneMapCaracalNatopen, at, false)
 	return append(confirmed, opening...), err
 }
 
-func (m *Maps) listFlows(name string, at uint64, confirmed bool) ([]Flow, error) {
+func (m *Maps) listFlows(name, natMap string, at uint64, confirmed bool) ([]Flow, error) {
 	pinned, err := m.pinned(name)
 	if err != nil {
 		return nil, err
 	}
 	defer pinned.Close()
+	nat, err := m.pinned(natMap)
+	if err != nil {
+		return nil, err
+	}
+	defer nat.Close()
 	var (
-		flows []Flow
-		key   bpf.DataplaneFlowKey
-		value bpf.DataplaneFlow
+		flows   []Flow
+		key     bpf.DataplaneFlowKey
+		value   bpf.DataplaneFlow
+		outside bpf.DataplaneNat
 	)
 	all := pinned.Iterate()
 	for all.Next(&key, &value) {
 		f := decodeFlow(&key, &value, at)
 		f.Confirmed = confirmed
+		if value.Masqueraded != 0 && nat.Lookup(&key, &outside) == nil {
+			f.Masquerade = netip.AddrPortFrom(FromAddress(outside.Address), port(outside.Port))
+		}
 		flows = append(flows, f)
 	}
 	if err := all.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {

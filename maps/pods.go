@@ -18,7 +18,11 @@ import (
 // PodAddresses is how many addresses a pod's interface may have.
 const PodAddresses = len(bpf.DataplanePodSlot{}.Addresses)
 
-const flagShaped = 1 // POD_SHAPED
+const ( // POD_*
+	flagShaped      = 1
+	flagMasquerade4 = 2
+	flagMasquerade6 = 4
+)
 
 // Pod is an entry of caracal_pods as one epoch sees it.
 type Pod struct {
@@ -29,6 +33,8 @@ type Pod struct {
 	Network       uint32           `json:"network"` // NetworkID
 	MTU           uint16           `json:"mtu"`
 	Shaped        bool             `json:"shaped"`
+	Masquerade4   bool             `json:"masquerade4"` // what it sends out of all pools gets the host's address
+	Masquerade6   bool             `json:"masquerade6"`
 	MAC           net.HardwareAddr `json:"-"`
 	HostMAC       net.HardwareAddr `json:"-"`
 }
@@ -49,8 +55,10 @@ func (m *Maps) PutPod(p Pod) error {
 	for i, a := range p.Addresses {
 		slot.Addresses[i] = Address(a)
 	}
-	if p.Shaped {
-		slot.Flags |= flagShaped
+	for flag, set := range map[uint16]bool{flagShaped: p.Shaped, flagMasquerade4: p.Masquerade4, flagMasquerade6: p.Masquerade6} {
+		if set {
+			slot.Flags |= flag
+		}
 	}
 	value := bpf.DataplanePod{Slot: [2]bpf.DataplanePodSlot{slot, slot}}
 	copy(value.Mac[:], p.MAC)
@@ -112,6 +120,7 @@ func decodePod(ifindex uint32, value *bpf.DataplanePod, epoch uint32) Pod {
 	p := Pod{
 		IfIndex: ifindex, PolicyEgress: slot.PolicyEgress, PolicyIngress: slot.PolicyIngress,
 		Network: slot.Network, MTU: slot.Mtu, Shaped: slot.Flags&flagShaped != 0,
+		Masquerade4: slot.Flags&flagMasquerade4 != 0, Masquerade6: slot.Flags&flagMasquerade6 != 0,
 		MAC: slices.Clone(value.Mac[:]), HostMAC: slices.Clone(value.HostMac[:]),
 	}
 	for _, a := range slot.Addresses {

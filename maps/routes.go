@@ -49,11 +49,17 @@ type Route struct {
 	IfIndex uint32       `json:"ifindex,omitempty"` // 0: none
 	NextHop netip.Addr   `json:"nextHop,omitzero"`  // zero: none
 	MTU     uint16       `json:"mtu,omitempty"`     // bytes; 0, or more than it: the interface's when a flow is judged
+	InPool  bool         `json:"inPool,omitempty"`  // a remote prefix inside the pools: never masqueraded
 }
+
+const flagInPool = 1 // ROUTE_IN_POOL
 
 // PutRoute writes a route, over one that the prefix has.
 func (m *Maps) PutRoute(r Route) error {
 	value := bpf.DataplaneRoute{Kind: bpf.DataplaneRouteKind(r.Kind), Ifindex: r.IfIndex, Mtu: r.MTU}
+	if r.InPool {
+		value.Flags |= flagInPool
+	}
 	if r.NextHop.IsValid() {
 		value.NextHop = Address(r.NextHop)
 	}
@@ -131,5 +137,8 @@ func prefix(k bpf.DataplaneRouteKey) netip.Prefix {
 }
 
 func decodeRoute(p netip.Prefix, v *bpf.DataplaneRoute) Route {
-	return Route{Prefix: p, Kind: RouteKind(v.Kind), IfIndex: v.Ifindex, NextHop: FromAddress(v.NextHop), MTU: v.Mtu}
+	return Route{
+		Prefix: p, Kind: RouteKind(v.Kind), IfIndex: v.Ifindex, NextHop: FromAddress(v.NextHop), MTU: v.Mtu,
+		InPool: v.Flags&flagInPool != 0,
+	}
 }

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"fmt"
 	"os"
+	"strconv"
+	"strings"
 	"sync/atomic"
 	"unsafe"
 
@@ -18,6 +20,7 @@ type State struct {
 	Version  uint32 `json:"version"`
 	MaxFlows uint32 `json:"maxFlows"`
 	Flows    uint32 `json:"flows"`
+	NATPorts Ports  `json:"natPorts"`
 	Node     string `json:"node"`
 	Build    string `json:"build"` // hex
 }
@@ -30,23 +33,63 @@ func (m *Maps) State() (State, error) {
 	}
 	node, _, _ := bytes.Cut(s.Node[:], []byte{0})
 	return State{
-		Epoch: s.Epoch, Version: s.Version, MaxFlows: s.MaxFlows, Flows: s.Flows,
+		Epoch: s.Epoch, Version: s.Version, MaxFlows: s.MaxFlows, Flows: s.Flows, NATPorts: Ports{s.NatFirst, s.NatLast},
 		Node: string(node), Build: fmt.Sprintf("%x", s.Build),
 	}, nil
+}
+
+// Ports is a range of ports, both ends included; zero: none.
+type Ports struct {
+	First uint16 `json:"first"`
+	Last  uint16 `json:"last"`
+}
+
+// String is "61000-65535".
+func (p Ports) String() string { return fmt.Sprintf("%d-%d", p.First, p.Last) }
+
+// ParsePorts is the inverse of String. Ports below 1024 are none of it.
+func ParsePorts(s string) (Ports, error) {
+	first, last, _ := strings.Cut(s, "-")
+	f, err1 := strconv.ParseUint(first, 10, 16)
+	l, err2 := strconv.ParseUint(last, 10, 16)
+	if err1 != nil || err2 != nil || f < 1024 || f > l {
+		return Ports{}, fmt.Errorf("ports %q: write them as 61000-65535, from 1024 on", s)
+	}
+	return Ports{uint16(f), uint16(l)}, nil
+}
+
+// SetNATPorts sets the ports that masqueraded flows leave from; zero: nothing is masqueraded. Flows with others are cut.
+func (m *Maps) SetNATPorts(p Ports) error {
+	return m.inState(func(b []byte) {
+		// One store: both ports at once.
+		both := (*uint32)(unsafe.Pointer(&b[unsafe.Offsetof(bpf.DataplaneState{}.NatFirst)]))
+		var value uint32
+		*(*[2]uint16)(unsafe.Pointer(&value)) = [2]uint16{p.First, p.Last}
+		atomic.StoreUint32(both, value)
+	})
 }
 
 // RaiseEpoch makes every packet be judged again, with what the maps hold now, and returns the new epoch. It is one
 // atomic add in the mapped entry, so it never undoes what the programs write beside it.
 func (m *Maps) RaiseEpoch() (uint32, error) {
+	var e uint32
+	err := m.inState(func(b []byte) {
+		epoch := (*uint32)(unsafe.Pointer(&b[unsafe.Offsetof(bpf.DataplaneState{}.Epoch)]))
+		e = atomic.AddUint32(epoch, 1)
+		if e == 0 { // never 0, and the lowest bit goes on alternating
+			e = atomic.AddUint32(epoch, 2)
+		}
+	})
+	return e, err
+}
+
+// inState gives fn the entry, mapped.
+func (m *Maps) inState(fn func([]byte)) error {
 	b, err := unix.Mmap(m.state.FD(), 0, os.Getpagesize(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	if err != nil {
-		return 0, fmt.Errorf("map state: %w", err)
+		return fmt.Errorf("map state: %w", err)
 	}
 	defer unix.Munmap(b)
-	epoch := (*uint32)(unsafe.Pointer(&b[unsafe.Offsetof(bpf.DataplaneState{}.Epoch)]))
-	e := atomic.AddUint32(epoch, 1)
-	if e == 0 { // never 0, and the lowest bit goes on alternating
-		e = atomic.AddUint32(epoch, 2)
-	}
-	return e, nil
+	fn(b)
+	return nil
 }

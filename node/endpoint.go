@@ -45,6 +45,9 @@ type Endpoint struct {
 	Addrs        []netip.Addr      `json:"addresses,omitempty"`
 	MTU          int               `json:"mtu,omitempty"` // bytes
 	Shaped       bool              `json:"shaped,omitempty"`
+	IPMasq       bool              `json:"ipMasq,omitempty"`      // its configuration wants both families masqueraded
+	Masquerade4  bool              `json:"masquerade4,omitempty"` // what it sends out of all pools gets the host's address
+	Masquerade6  bool              `json:"masquerade6,omitempty"`
 	PodName      string            `json:"podName,omitempty"`
 	PodNamespace string            `json:"podNamespace,omitempty"`
 	PodUID       string            `json:"podUID,omitempty"`

@@ -14,13 +14,14 @@ import (
 	"github.com/caracal-net/caracal/agent"
 	"github.com/caracal-net/caracal/cmd/caracald/ctl"
 	"github.com/caracal-net/caracal/cni"
+	"github.com/caracal-net/caracal/maps"
 )
 
 // runAgent runs the node's agent until ctx ends.
 func runAgent(ctx context.Context, args []string) int {
 	c := agent.Config{}
 	var config, level string
-	var ip4, ip6 string
+	var ip4, ip6, ports string
 	cmd := &cobra.Command{
 		Use:   "caracald",
 		Short: "Caracal's agent on a node",
@@ -45,7 +46,11 @@ neither the store is a file of this machine alone.`,
 			var err4, err6 error
 			c.IPv4, err4 = hostPrefix("--ip", ip4)
 			c.IPv6, err6 = hostPrefix("--ip6", ip6)
-			if err := errors.Join(err4, err6); err != nil {
+			var errPorts error
+			if c.NATPorts, errPorts = maps.ParsePorts(ports); errPorts != nil {
+				errPorts = fmt.Errorf("--masquerade-ports: %w", errPorts)
+			}
+			if err := errors.Join(err4, err6, errPorts); err != nil {
 				return err
 			}
 			s, err := ctl.OpenStore(cmd.Context(), config, c.StateDir)
@@ -62,6 +67,7 @@ neither the store is a file of this machine alone.`,
 	f.StringVar(&ip4, "ip", ctl.FromEnv("IP", ""), "this node's `ADDRESS/BITS` for its peers (env IP); none: that of the interface with the default route")
 	f.StringVar(&ip6, "ip6", ctl.FromEnv("IP6", ""), "likewise, IPv6 (env IP6)")
 	f.StringSliceVar(&c.Uplinks, "uplink", nil, "`PATTERN` of interfaces that other hosts are behind (repeatable); none: found by the routes to the peers")
+	f.StringVar(&ports, "masquerade-ports", ctl.FromEnv("CARACAL_MASQUERADE_PORTS", cni.MasqueradePorts.String()), "`PORTS` that pods' packets to the outside leave from; none that the host's own connections get (env CARACAL_MASQUERADE_PORTS)")
 	f.IntVar(&c.BGPPort, "bgp-port", 0, "where BGP listens; 0: the BGPConfiguration's or 179; -1: nowhere")
 	f.StringVarP(&config, "config", "c", os.Getenv("CARACAL_CONFIG"), "`FILE` that says where the store is, shaped like calicoctl.cfg (env CARACAL_CONFIG)")
 	f.StringVar(&c.StateDir, "state-dir", ctl.FromEnv("CARACAL_STATE_DIR", cni.DefaultStateDir), "`DIR` that holds node.db (env CARACAL_STATE_DIR)")

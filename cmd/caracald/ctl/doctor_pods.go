@@ -124,7 +124,7 @@ func (d *doctor) hostSide(e node.Endpoint, neighbours map[neighbour]netlink.Neig
 		add("%v", err)
 	}
 	if d.maps != nil {
-		if err := commit.CheckPod(d.maps, dataplanePod(e, index)); err != nil {
+		if err := commit.CheckPod(d.maps, commit.PodOf(e, index)); err != nil {
 			add("%v", err)
 		}
 	}

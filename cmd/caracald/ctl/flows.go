@@ -124,9 +124,13 @@ func (o *flowsOptions) run(cmd *cobra.Command) error {
 	if o.limit > 0 && total > o.limit {
 		shown = shown[:o.limit]
 	}
-	t := newTable("PROTOCOL", "STATE", "OPENER", "RESPONDER", "ENTERED", "SENT", "RECEIVED", "AGE", "IDLE", "OPENER-POD", "RESPONDER-POD")
+	t := newTable("PROTOCOL", "STATE", "OPENER", "RESPONDER", "MASQUERADE", "ENTERED", "SENT", "RECEIVED", "AGE", "IDLE", "OPENER-POD", "RESPONDER-POD")
 	for _, f := range shown {
-		t.add(f.Protocol, f.State, f.Opener, f.Responder, f.Entered, f.Sent.Packets, f.Received.Packets,
+		outside := ""
+		if f.Masquerade.IsValid() {
+			outside = f.Masquerade.String()
+		}
+		t.add(f.Protocol, f.State, f.Opener, f.Responder, outside, f.Entered, f.Sent.Packets, f.Received.Packets,
 			brief(f.Age), brief(f.Idle), f.OpenerPod, f.ResponderPod)
 	}
 	if err := o.print(cmd, shown, t); err != nil {

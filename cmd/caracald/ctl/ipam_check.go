@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -243,7 +242,7 @@ func (c *checking) endpoint(e node.Endpoint) error {
 	if c.maps == nil {
 		return nil
 	}
-	if err := commit.CheckPod(c.maps, dataplanePod(e, index)); err != nil {
+	if err := commit.CheckPod(c.maps, commit.PodOf(e, index)); err != nil {
 		c.add("map", netip.Addr{}, holder, "%v", err)
 	}
 	if _, err := loader.Attached(c.dir, e.HostIfName, index); err != nil {
@@ -297,11 +296,4 @@ func (c *checking) strays(all []node.Endpoint, blocks []node.Block) error {
 		}
 	}
 	return nil
-}
-
-// dataplanePod is the dataplane's view of a record.
-func dataplanePod(e node.Endpoint, ifindex int) commit.Pod {
-	mac, _ := net.ParseMAC(e.MAC)
-	gateway, _ := net.ParseMAC(e.HostMAC)
-	return commit.Pod{IfIndex: ifindex, Addrs: e.Addrs, MAC: mac, HostMAC: gateway, MTU: e.MTU, Shaped: e.Shaped, Network: e.Network}
 }

@@ -41,9 +41,6 @@ before anything is written.`,
 						return fmt.Errorf("%s: %w", r, err)
 					}
 					fmt.Fprintf(cmd.OutOrStdout(), "%s %s\n", r, done)
-					if p, ok := r.Spec.(*api.IPPool); ok && p.NATOutgoing {
-						warn(cmd, "%s: natOutgoing has no effect in this version: packets to the outside keep their pods' addresses", r)
-					}
 				}
 				return nil
 			})

@@ -1,0 +1,65 @@
+// nat.h: the entries of masqueraded flows in caracal_nat and caracal_natopen.
+#pragma once
+#include "state.h"
+
+// swapped writes key k with one end replaced by n: a pod's tuple becomes that of the host, and back. It returns the side on
+// which the new end lies.
+static __always_inline bool swapped(struct flow_key *out, const struct flow_key *k, const struct nat *n)
+{
+	__u8 near[16] ADDRESS, far[16] ADDRESS;
+
+	__builtin_memcpy(near, n->address, 16);
+	__builtin_memcpy(far, end_address(k, !n->side), 16);
+	out->protocol = k->protocol;
+	return sorted(out, cwords(near)[0], cwords(near)[1], cwords(far)[0], cwords(far)[1], n->port,
+		      is_icmp(k->protocol) ? n->port : end_port(k, !n->side));
+}
+
+static __always_inline struct nat *find_nat(const struct flow_key *k)
+{
+	struct nat *n = bpf_map_lookup_elem(&caracal_nat, k);
+
+	return n ? n : bpf_map_lookup_elem(&caracal_natopen, k);
+}
+
+// forget_nat removes both entries of a masqueraded flow that is confirmed. It and keep_nat are global functions, so that the
+// verifier walks them once.
+__noinline int forget_nat(const struct flow_key *k)
+{
+	struct flow_key other = {};
+	struct nat *n;
+
+	if (!k)
+		return 0;
+	n = bpf_map_lookup_elem(&caracal_nat, k);
+	if (!n)
+		return 0;
+	swapped(&other, k, n);
+	bpf_map_delete_elem(&caracal_nat, &other);
+	bpf_map_delete_elem(&caracal_nat, k);
+	return 0;
+}
+
+// keep_nat moves the entries of a flow that was confirmed to where nothing displaces them.
+__noinline int keep_nat(const struct flow_key *k)
+{
+	struct flow_key other = {};
+	struct nat there, back, *n;
+
+	if (!k)
+		return 0;
+	n = bpf_map_lookup_elem(&caracal_natopen, k);
+	if (!n)
+		return 0;
+	there = *n;
+	swapped(&other, k, &there);
+	n = bpf_map_lookup_elem(&caracal_natopen, &other);
+	if (!n)
+		return 0;
+	back = *n;
+	bpf_map_update_elem(&caracal_nat, &other, &back, BPF_ANY);
+	bpf_map_update_elem(&caracal_nat, k, &there, BPF_ANY);
+	bpf_map_delete_elem(&caracal_natopen, k);
+	bpf_map_delete_elem(&caracal_natopen, &other);
+	return 0;
+}

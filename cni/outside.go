@@ -1,0 +1,100 @@
+package cni
+
+import (
+	"fmt"
+	"net/netip"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/caracal-net/caracal/internal/nl"
+	"github.com/caracal-net/caracal/loader"
+	"github.com/caracal-net/caracal/maps"
+)
+
+// MasqueradePorts are the ports that masqueraded flows leave from unless an agent is told others: behind those that Linux
+// gives to the host's own connections (ip_local_port_range).
+var MasqueradePorts = maps.Ports{First: 61000, Last: 65535}
+
+// openOutside makes the node masquerade, when no agent has: a node's first pod that wants it puts the programs onto the
+// interfaces with a default route. An agent that comes later follows what changes there.
+func (a *adding) openOutside(m *maps.Maps) error {
+	state, err := m.State()
+	if err != nil || state.NATPorts != (maps.Ports{}) {
+		return err
+	}
+	uplinks, err := DefaultUplinks(a.sides.host)
+	if err != nil {
+		return err
+	}
+	for name, index := range uplinks {
+		u, err := UplinkAddresses(a.sides.host, index, netip.Addr{}, netip.Addr{})
+		if err != nil {
+			return err
+		}
+		if err := m.PutUplink(uint32(index), u); err != nil {
+			return err
+		}
+		if err := loader.AttachNet(a.c.BPFFSDir, name, index); err != nil {
+			return err
+		}
+	}
+	return m.SetNATPorts(MasqueradePorts)
+}
+
+// DefaultUplinks finds the interfaces with a default route in the main table: name -> ifindex.
+func DefaultUplinks(h *netlink.Handle) (map[string]int, error) {
+	found := make(map[string]int)
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		routes, err := nl.Dump(func() ([]netlink.Route, error) {
+			return h.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_DST)
+		})
+		if err != nil {
+			return nil, fmt.Errorf("list default routes: %w", err)
+		}
+		for _, r := range routes {
+			indexes := []int{r.LinkIndex}
+			for _, hop := range r.MultiPath {
+				indexes = append(indexes, hop.LinkIndex)
+			}
+			for _, index := range indexes {
+				if index == 0 || r.Type != unix.RTN_UNICAST {
+					continue
+				}
+				l, err := h.LinkByIndex(index)
+				if nl.IsNotFound(err) {
+					continue
+				}
+				if err != nil {
+					return nil, fmt.Errorf("interface of the default route: %w", err)
+				}
+				found[l.Attrs().Name] = index
+			}
+		}
+	}
+	return found, nil
+}
+
+// UplinkAddresses are the addresses that masqueraded packets leave an interface with: the preferred ones where it has them,
+// else its first of global scope that is not to be given up.
+func UplinkAddresses(h *netlink.Handle, index int, prefer4, prefer6 netip.Addr) (u maps.Uplink, err error) {
+	list, err := nl.Dump(func() ([]netlink.Addr, error) {
+		return h.AddrList(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: index}}, netlink.FAMILY_ALL)
+	})
+	if err != nil {
+		return u, fmt.Errorf("list addresses of interface %d: %w", index, err)
+	}
+	const passing = unix.IFA_F_DEPRECATED | unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED | unix.IFA_F_TEMPORARY
+	for _, x := range list {
+		a, ok := netip.AddrFromSlice(x.IP)
+		a = a.Unmap()
+		into, prefer := &u.IPv4, prefer4
+		if a.Is6() {
+			into, prefer = &u.IPv6, prefer6
+		}
+		if ok && x.Scope == unix.RT_SCOPE_UNIVERSE && (a == prefer || !into.IsValid() && x.Flags&passing == 0) {
+			*into = a
+		}
+	}
+	return u, nil
+}
