@@ -31,10 +31,11 @@ type Config struct {
 	Health     string // address of /health, /liveness and /readiness; "": nowhere
 	Metrics    string // address of /metrics; "": nowhere
 
-	IPv4, IPv6 netip.Prefix // this node's addresses for its peers; zero: those of the interface with the default route
-	Uplinks    []string     // interfaces that other hosts are behind, as path.Match patterns; none: found by route
-	BGPPort    int          // 0: the BGPConfiguration's, or 179; -1: listen nowhere
-	NATPorts   maps.Ports   // that masqueraded flows leave from; zero: cni.MasqueradePorts
+	IPv4, IPv6 netip.Prefix      // this node's addresses for its peers; zero: those of the interface with the default route
+	Labels     map[string]string // of this node, beside those that others gave it
+	Uplinks    []string          // interfaces that other hosts are behind, as path.Match patterns; none: found by route
+	BGPPort    int               // 0: the BGPConfiguration's, or 179; -1: listen nowhere
+	NATPorts   maps.Ports        // that masqueraded flows leave from; zero: cni.MasqueradePorts
 
 	Log *slog.Logger
 }

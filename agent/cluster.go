@@ -39,7 +39,7 @@ func BlockKey(cidr netip.Prefix) string {
 // view is the cluster as the store said last. It is not changed any more.
 type view struct {
 	nodes  map[string]*api.Node
-	labels map[string]api.Metadata // of nodes
+	meta   map[string]api.Metadata // of nodes
 	pools  []api.IPPool
 	bgp    api.BGPConfiguration // the cluster's, or this node's own
 	peers  map[string]*api.BGPPeer
@@ -140,7 +140,7 @@ func (c *cluster) view() (*view, bool) {
 		return nil, false
 	}
 	v := &view{
-		nodes: make(map[string]*api.Node), labels: make(map[string]api.Metadata),
+		nodes: make(map[string]*api.Node), meta: make(map[string]api.Metadata),
 		peers: make(map[string]*api.BGPPeer), blocks: make(map[netip.Prefix]Block),
 	}
 	v.bgp.Complete("default")
@@ -179,7 +179,7 @@ func (v *view) take(kv store.KV, self string) error {
 	}
 	switch spec := r.Spec.(type) {
 	case *api.Node:
-		v.nodes[r.Metadata.Name], v.labels[r.Metadata.Name] = spec, r.Metadata
+		v.nodes[r.Metadata.Name], v.meta[r.Metadata.Name] = spec, r.Metadata
 	case *api.IPPool:
 		for _, p := range v.pools {
 			if p.CIDR.Overlaps(spec.CIDR) {

@@ -7,7 +7,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
+	"slices"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 
@@ -19,6 +22,10 @@ import (
 
 // InstanceAnnotation is on a Node resource: which host's agent it belongs to. Two hosts of one name are told apart by it.
 const InstanceAnnotation = "caracal.dev/instance"
+
+// labelsAnnotation is on a Node resource: the names of the labels that its agent was told to give it, between commas. One that
+// it is not told of any more is taken away again; an operator's labels stay.
+const labelsAnnotation = "caracal.dev/labels"
 
 const instanceSetting = "agent/instance"
 
@@ -51,7 +58,7 @@ func (a *Agent) register(ctx context.Context, v *view) (*api.Node, error) {
 		if v.nodes[a.Node] == nil {
 			return nil, fmt.Errorf("its resource in the store can't be read; mend or remove it (caracalctl delete node %s)", a.Node)
 		}
-		meta = v.labels[a.Node]
+		meta = v.meta[a.Node]
 		*self = *v.nodes[a.Node]
 		if was := meta.Annotations[InstanceAnnotation]; was != "" && was != instance {
 			return nil, fmt.Errorf("name %s: %w (instance %s, this is %s); give this host another name (--node-name), or if that host is gone for good, remove it (caracalctl delete node %s)", a.Node, ErrName, was, instance, a.Node)
@@ -62,16 +69,12 @@ func (a *Agent) register(ctx context.Context, v *view) (*api.Node, error) {
 		b = *self.BGP
 	}
 	b.IPv4Address, b.IPv6Address = ip4, ip6
-	if exists && meta.Annotations[InstanceAnnotation] == instance && self.BGP != nil && *self.BGP == b {
+	labels, annotations := a.label(meta)
+	annotations[InstanceAnnotation] = instance
+	if exists && maps.Equal(labels, meta.Labels) && maps.Equal(annotations, meta.Annotations) && self.BGP != nil && *self.BGP == b {
 		return self, nil
 	}
-	self.BGP = &b
-	annotations := map[string]string{InstanceAnnotation: instance}
-	for k, v := range meta.Annotations {
-		annotations[k] = v
-	}
-	meta.Annotations = annotations
-	annotations[InstanceAnnotation] = instance
+	self.BGP, meta.Labels, meta.Annotations = &b, labels, annotations
 	kind, _ := api.FindKind("Node")
 	text, err := json.Marshal(api.Resource{Kind: kind, Metadata: meta, Spec: self})
 	if err != nil {
@@ -84,6 +87,22 @@ func (a *Agent) register(ctx context.Context, v *view) (*api.Node, error) {
 	a.cluster.wrote(store.KV{Key: key, Value: text, Revision: revision})
 	a.Log.Info("registered", "node", a.Node, "ipv4", ip4, "ipv6", ip6)
 	return self, nil
+}
+
+// label returns what the node's labels and annotations are to be.
+func (a *Agent) label(meta api.Metadata) (labels, annotations map[string]string) {
+	labels, annotations = make(map[string]string), make(map[string]string)
+	maps.Copy(labels, meta.Labels)
+	maps.Copy(annotations, meta.Annotations)
+	for key := range strings.SplitSeq(annotations[labelsAnnotation], ",") {
+		delete(labels, key)
+	}
+	maps.Copy(labels, a.Labels)
+	delete(annotations, labelsAnnotation)
+	if len(a.Labels) > 0 {
+		annotations[labelsAnnotation] = strings.Join(slices.Sorted(maps.Keys(a.Labels)), ",")
+	}
+	return labels, annotations
 }
 
 func (a *Agent) put(ctx context.Context, key string, value []byte, old store.KV, exists bool) (store.Revision, error) {

@@ -6,8 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"strings"
+
+	"github.com/caracal-net/caracal/api/selector"
 )
 
 // Group is the group and version of all resources. It is Calico's, whose YAML is read as it is.
@@ -105,6 +108,11 @@ func (r *Resource) UnmarshalJSON(data []byte) error {
 	}
 	if !validName(e.Metadata.Name) {
 		return fmt.Errorf("%s: %w: metadata.name %q: it must begin and end with a letter or digit and hold only lower case letters, digits, '-', '.' and ':'", kind.Name, ErrInvalid, e.Metadata.Name)
+	}
+	for _, key := range slices.Sorted(maps.Keys(e.Metadata.Labels)) {
+		if !selector.ValidKey(key) {
+			return fmt.Errorf("%s %s: %w: metadata.labels %q: no selector could name it; a label's name has letters, digits and \"_./-\"", kind.Name, e.Metadata.Name, ErrInvalid, key)
+		}
 	}
 	spec := kind.new()
 	if len(e.Spec) > 0 {

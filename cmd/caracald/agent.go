@@ -8,10 +8,12 @@ import (
 	"net/netip"
 	"os"
 	"runtime/debug"
+	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/caracal-net/caracal/agent"
+	"github.com/caracal-net/caracal/api/selector"
 	"github.com/caracal-net/caracal/cmd/caracald/ctl"
 	"github.com/caracal-net/caracal/cni"
 	"github.com/caracal-net/caracal/maps"
@@ -22,6 +24,7 @@ func runAgent(ctx context.Context, args []string) int {
 	c := agent.Config{}
 	var config, level string
 	var ip4, ip6, ports string
+	var labels []string
 	cmd := &cobra.Command{
 		Use:   "caracald",
 		Short: "Caracal's agent on a node",
@@ -46,11 +49,12 @@ neither the store is a file of this machine alone.`,
 			var err4, err6 error
 			c.IPv4, err4 = hostPrefix("--ip", ip4)
 			c.IPv6, err6 = hostPrefix("--ip6", ip6)
-			var errPorts error
+			var errLabels, errPorts error
+			c.Labels, errLabels = parseLabels(labels)
 			if c.NATPorts, errPorts = maps.ParsePorts(ports); errPorts != nil {
 				errPorts = fmt.Errorf("--masquerade-ports: %w", errPorts)
 			}
-			if err := errors.Join(err4, err6, errPorts); err != nil {
+			if err := errors.Join(err4, err6, errLabels, errPorts); err != nil {
 				return err
 			}
 			s, err := ctl.OpenStore(cmd.Context(), config, c.StateDir)
@@ -66,6 +70,7 @@ neither the store is a file of this machine alone.`,
 	f.StringVar(&c.Node, "node-name", ctl.FromEnv("CARACAL_NODENAME", ctl.FromEnv("NODENAME", host)), "this node's `NAME` in the cluster (env CARACAL_NODENAME, NODENAME)")
 	f.StringVar(&ip4, "ip", ctl.FromEnv("IP", ""), "this node's `ADDRESS/BITS` for its peers (env IP); none: that of the interface with the default route")
 	f.StringVar(&ip6, "ip6", ctl.FromEnv("IP6", ""), "likewise, IPv6 (env IP6)")
+	f.StringSliceVar(&labels, "label", splitList(os.Getenv("CARACAL_LABELS")), "`KEY=VALUE` of a label of this node, for selectors (repeatable; env CARACAL_LABELS, with commas between)")
 	f.StringSliceVar(&c.Uplinks, "uplink", nil, "`PATTERN` of interfaces that other hosts are behind (repeatable); none: found by the routes to the peers")
 	f.StringVar(&ports, "masquerade-ports", ctl.FromEnv("CARACAL_MASQUERADE_PORTS", cni.MasqueradePorts.String()), "`PORTS` that pods' packets to the outside leave from; none that the host's own connections get (env CARACAL_MASQUERADE_PORTS)")
 	f.IntVar(&c.BGPPort, "bgp-port", 0, "where BGP listens; 0: the BGPConfiguration's or 179; -1: nowhere")
@@ -83,6 +88,25 @@ neither the store is a file of this machine alone.`,
 		return ctl.ExitError
 	}
 	return ctl.ExitOK
+}
+
+func splitList(s string) []string {
+	if s == "" {
+		return nil
+	}
+	return strings.Split(s, ",")
+}
+
+func parseLabels(all []string) (map[string]string, error) {
+	labels := make(map[string]string, len(all))
+	for _, l := range all {
+		key, value, ok := strings.Cut(l, "=")
+		if !ok || !selector.ValidKey(key) {
+			return nil, fmt.Errorf("--label %q: write it as KEY=VALUE; KEY has letters, digits and \"_./-\"", l)
+		}
+		labels[key] = value
+	}
+	return labels, nil
 }
 
 func hostPrefix(flag, s string) (netip.Prefix, error) {
