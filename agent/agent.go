@@ -177,6 +177,7 @@ func (a *Agent) reconcile(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(errs...)
 	}
+	v, _ = a.cluster.view() // with the labels that the node may just have got
 	own, err := a.claim(ctx, v)
 	part("blocks", err)
 	part("uplinks", a.attachUplinks(v, self))

@@ -55,7 +55,7 @@ func (a *Agent) claim(ctx context.Context, v *view) ([]netip.Prefix, error) {
 	for _, b := range here {
 		free[b.Pool] -= b.Used
 	}
-	for _, p := range v.pools {
+	for _, p := range v.usable {
 		size := 1 << (p.CIDR.Addr().BitLen() - p.BlockSize)
 		if p.Disabled || free[p.CIDR]*2 >= size {
 			continue
@@ -67,7 +67,7 @@ func (a *Agent) claim(ctx context.Context, v *view) ([]netip.Prefix, error) {
 		}
 		own = append(own, b)
 	}
-	if err := a.record(ctx, v.pools, own); err != nil {
+	if err := a.record(ctx, v.usable, own); err != nil {
 		return nil, errors.Join(append(errs, err)...)
 	}
 	prefixes := make([]netip.Prefix, 0, len(own))

@@ -41,8 +41,10 @@ type view struct {
 	nodes  map[string]*api.Node
 	meta   map[string]api.Metadata // of nodes
 	pools  []api.IPPool
-	bgp    api.BGPConfiguration // the cluster's, or this node's own
-	peers  map[string]*api.BGPPeer
+	usable []api.IPPool            // that this node may claim blocks of
+	bgp    api.BGPConfiguration    // the cluster's, or this node's own
+	peers  map[string]*api.BGPPeer // that this node has
+	others map[string]*api.BGPPeer // that other nodes have: they may name this one as theirs
 	blocks map[netip.Prefix]Block
 }
 
@@ -141,7 +143,7 @@ func (c *cluster) view() (*view, bool) {
 	}
 	v := &view{
 		nodes: make(map[string]*api.Node), meta: make(map[string]api.Metadata),
-		peers: make(map[string]*api.BGPPeer), blocks: make(map[netip.Prefix]Block),
+		peers: make(map[string]*api.BGPPeer), others: make(map[string]*api.BGPPeer), blocks: make(map[netip.Prefix]Block),
 	}
 	v.bgp.Complete("default")
 	var bad []string
@@ -150,6 +152,7 @@ func (c *cluster) view() (*view, bool) {
 			bad = append(bad, fmt.Sprintf("%s: %s", key, err))
 		}
 	}
+	v.narrow(c.a.Node)
 	var err error
 	if len(bad) > 0 {
 		err = errors.New(strings.Join(bad, "; "))
@@ -195,6 +198,22 @@ func (v *view) take(kv store.KV, self string) error {
 		}
 	}
 	return nil
+}
+
+// narrow sorts out what is for this node, when the labels of all nodes are known.
+func (v *view) narrow(self string) {
+	labels := v.meta[self].Labels
+	for _, p := range v.pools {
+		if api.Selects(p.NodeSelector, labels) {
+			v.usable = append(v.usable, p)
+		}
+	}
+	for name, p := range v.peers {
+		if !p.Has(self, labels) {
+			delete(v.peers, name)
+			v.others[name] = p
+		}
+	}
 }
 
 // Claim is a block as it lies in the store.

@@ -1,9 +1,11 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	stdmaps "maps"
 	"net/netip"
 	"os"
 	"slices"
@@ -78,74 +80,193 @@ func routerID(n *api.Node) netip.Addr {
 	return netip.AddrFrom4([4]byte{b[12] | 1, b[13], b[14], b[15]})
 }
 
-// peers are the mesh's and the configured ones.
+// peers are the configured ones and the mesh's. A router is peered with once: as a peer of all nodes before one of some, as
+// one that this node names before one that names this node, and only then as one of the mesh. What is wrong with one of
+// them keeps its address out: a mesh without its password or filters must not take its place.
 func (a *Agent) peers(v *view, self *api.Node) ([]bgp.Peer, error) {
 	var all []bgp.Peer
 	var errs []error
-	add := func(p bgp.Peer) {
-		if !slices.ContainsFunc(all, func(o bgp.Peer) bool { return o.Address == p.Address && o.Port == p.Port }) {
-			all = append(all, p)
-		}
-	}
-	for name, p := range v.peers {
-		if p.Node != "" && p.Node != a.Node {
+	taken := make(map[netip.Addr]bool)
+	for _, c := range a.configured(v, self) {
+		if taken[c.at.Addr()] {
 			continue
 		}
-		peer, err := configured(p, self)
+		taken[c.at.Addr()] = true
+		peer, err := c.peer(v, self)
+		if err == nil {
+			err = a.speaker.Check(peer)
+		}
 		if err != nil {
-			errs = append(errs, fmt.Errorf("peer %s: %w", name, err))
+			errs = append(errs, fmt.Errorf("peer %s: %w", c.name, err))
 			continue
 		}
-		if peer.Address == self.BGP.IPv4Address.Addr() || peer.Address == self.BGP.IPv6Address.Addr() {
-			continue // every node's peer is one of the nodes: this one
-		}
-		add(peer)
+		all = append(all, peer)
 	}
-	if v.bgp.Mesh() {
-		password, err := secret(v.bgp.NodeMeshPassword)
-		errs = append(errs, err)
-		for name, n := range v.nodes {
-			if name == a.Node || n.BGP == nil {
-				continue
-			}
-			for _, pair := range [][2]netip.Prefix{{self.BGP.IPv4Address, n.BGP.IPv4Address}, {self.BGP.IPv6Address, n.BGP.IPv6Address}} {
-				ours, theirs := pair[0].Addr(), pair[1].Addr()
-				if !ours.IsValid() || !theirs.IsValid() {
-					continue
-				}
-				add(bgp.Peer{
-					Address: theirs, Port: v.bgp.ListenPort, ASN: uint32(asNumber(v, n)), Kind: bgp.Mesh, Source: ours, Password: password,
-					Passive:     ours.Less(theirs), // one of the two dials, so that no two connections meet
-					RestartTime: time.Duration(v.bgp.NodeMeshMaxRestartTime),
-				})
-			}
+	mesh, err := a.mesh(v, self)
+	errs = append(errs, err)
+	for _, p := range mesh {
+		if !taken[p.Address] {
+			all = append(all, p)
 		}
 	}
 	slices.SortFunc(all, func(x, y bgp.Peer) int { return x.Address.Compare(y.Address) })
 	return all, errors.Join(errs...)
 }
 
-func configured(p *api.BGPPeer, self *api.Node) (bgp.Peer, error) {
-	at, err := p.Peer()
+// mesh are all other nodes, but for route reflectors: they have peers that name them, and are themselves in no mesh.
+func (a *Agent) mesh(v *view, self *api.Node) ([]bgp.Peer, error) {
+	if !v.bgp.Mesh() || self.BGP.ClusterID != "" {
+		return nil, nil
+	}
+	password, err := secret(v.bgp.NodeMeshPassword)
 	if err != nil {
-		return bgp.Peer{}, err
+		return nil, err
 	}
-	peer := bgp.Peer{
-		Address: at.Addr(), Port: int(at.Port()), ASN: uint32(p.ASNumber), Kind: bgp.Global, Communities: p.Communities,
-		TTLSecurity: p.TTLSecurity, AllowDefault: p.AllowDefault, RestartTime: time.Duration(p.MaxRestartTime),
-		NextHopSelf: !p.KeepOriginalNextHop,
-	}
-	if p.Node != "" {
-		peer.Kind = bgp.Node
-	}
-	if p.SourceAddress == "UseNodeIP" {
-		peer.Source = self.BGP.IPv4Address.Addr()
-		if at.Addr().Is6() {
-			peer.Source = self.BGP.IPv6Address.Addr()
+	var all []bgp.Peer
+	for name, n := range v.nodes {
+		if name == a.Node || n.BGP == nil || n.BGP.ClusterID != "" {
+			continue
+		}
+		for _, pair := range links(self, n) {
+			all = append(all, bgp.Peer{
+				Address: pair.theirs, Port: v.bgp.ListenPort, ASN: uint32(asNumber(v, n)), Kind: bgp.Mesh, Source: pair.ours, Password: password,
+				Passive: pair.passive(), RestartTime: time.Duration(v.bgp.NodeMeshMaxRestartTime),
+			})
 		}
 	}
-	peer.Password, err = secret(p.Password)
-	return peer, err
+	return all, nil
+}
+
+// link is how two nodes reach each other in one family.
+type link struct{ ours, theirs netip.Addr }
+
+// passive tells whether the other node dials: one of the two does, so that no two connections meet.
+func (l link) passive() bool { return l.ours.Less(l.theirs) }
+
+// links are those of the families that both nodes have.
+func links(self, other *api.Node) (both []link) {
+	for _, l := range []link{
+		{self.BGP.IPv4Address.Addr(), other.BGP.IPv4Address.Addr()}, {self.BGP.IPv6Address.Addr(), other.BGP.IPv6Address.Addr()},
+	} {
+		if l.ours.IsValid() && l.theirs.IsValid() {
+			both = append(both, l)
+		}
+	}
+	return both
+}
+
+// configured is one session that a BGPPeer asks for.
+type configured struct {
+	*api.BGPPeer
+	name string // the resource's
+	kind bgp.PeerKind
+	at   netip.AddrPort
+	asn  api.ASNumber
+	node *api.Node // that the peer is; nil: none of the cluster
+}
+
+// configured are the sessions that BGPPeers ask for, in the order in which they count. As in Calico one that names nodes is
+// those nodes' as well.
+func (a *Agent) configured(v *view, self *api.Node) []configured {
+	var global, some, back []configured
+	for _, name := range slices.Sorted(stdmaps.Keys(v.peers)) {
+		p := v.peers[name]
+		if p.Global() {
+			global = append(global, a.named(v, self, configured{BGPPeer: p, name: name, kind: bgp.Global})...)
+		} else {
+			some = append(some, a.named(v, self, configured{BGPPeer: p, name: name, kind: bgp.Node})...)
+		}
+	}
+	for _, peers := range []map[string]*api.BGPPeer{v.peers, v.others} {
+		for _, name := range slices.Sorted(stdmaps.Keys(peers)) {
+			back = append(back, a.naming(v, self, configured{BGPPeer: peers[name], name: name, kind: bgp.Node})...)
+		}
+	}
+	return slices.Concat(global, some, back)
+}
+
+// named are the sessions with what a BGPPeer of this node names.
+func (a *Agent) named(v *view, self *api.Node, c configured) (all []configured) {
+	if c.PeerSelector != "" {
+		return a.nodes(v, self, c, func(_ string, labels map[string]string) bool { return api.Selects(c.PeerSelector, labels) })
+	}
+	c.at, _ = c.Peer() // checked when it was read
+	c.asn = c.ASNumber
+	for name, n := range v.nodes {
+		if v.is(n, c) {
+			if name == a.Node {
+				return nil // every node's peer is one of the nodes: this one
+			}
+			c.node = n
+			c.at = netip.AddrPortFrom(c.at.Addr(), uint16(v.bgp.ListenPort))
+		}
+	}
+	return []configured{c}
+}
+
+// naming are the sessions with the nodes that have a BGPPeer which names this node.
+func (a *Agent) naming(v *view, self *api.Node, c configured) []configured {
+	has := func(name string, labels map[string]string) bool { return c.Has(name, labels) }
+	if c.PeerSelector != "" {
+		if !api.Selects(c.PeerSelector, v.meta[a.Node].Labels) {
+			return nil
+		}
+		return a.nodes(v, self, c, has)
+	}
+	c.at, _ = c.Peer()
+	if !v.is(self, c) {
+		return nil
+	}
+	family := c.at.Addr().Is4()
+	return slices.DeleteFunc(a.nodes(v, self, c, has), func(o configured) bool { return o.at.Addr().Is4() != family })
+}
+
+// is tells whether a node is what a BGPPeer names by its address: another router may live there, on another port.
+func (v *view) is(n *api.Node, c configured) bool {
+	at, err := c.Peer()
+	port := cmp.Or(v.bgp.ListenPort, bgp.DefaultPort)
+	return err == nil && n.BGP != nil && (n.BGP.IPv4Address.Addr() == at.Addr() || n.BGP.IPv6Address.Addr() == at.Addr()) &&
+		asNumber(v, n) == c.ASNumber && (at.Port() == 0 || int(at.Port()) == port)
+}
+
+// nodes are the sessions with other nodes.
+func (a *Agent) nodes(v *view, self *api.Node, c configured, want func(name string, labels map[string]string) bool) (all []configured) {
+	for _, name := range slices.Sorted(stdmaps.Keys(v.nodes)) {
+		n := v.nodes[name]
+		if name == a.Node || n.BGP == nil || !want(name, v.meta[name].Labels) {
+			continue
+		}
+		for _, l := range links(self, n) {
+			c.at, c.asn, c.node = netip.AddrPortFrom(l.theirs, uint16(v.bgp.ListenPort)), asNumber(v, n), n
+			all = append(all, c)
+		}
+	}
+	return all
+}
+
+// peer is the session for the speaker.
+func (c configured) peer(v *view, self *api.Node) (bgp.Peer, error) {
+	p := bgp.Peer{
+		Address: c.at.Addr(), Port: int(c.at.Port()), ASN: uint32(c.asn), Kind: c.kind, Communities: c.Communities,
+		TTLSecurity: c.TTLSecurity, AllowDefault: c.AllowDefault, RestartTime: time.Duration(c.MaxRestartTime),
+		// What a reflector passes on keeps its next hop, or all packets would go through the reflector.
+		NextHopSelf: !c.KeepOriginalNextHop && self.BGP.ClusterID == "",
+	}
+	ours := self.BGP.IPv4Address.Addr()
+	if c.at.Addr().Is6() {
+		ours = self.BGP.IPv6Address.Addr()
+	}
+	if c.SourceAddress == "UseNodeIP" {
+		p.Source = ours
+	}
+	p.Passive = c.node != nil && ours.IsValid() && link{ours, p.Address}.passive()
+	if self.BGP.ClusterID != "" && c.asn == asNumber(v, self) && (c.node == nil || c.node.BGP.ClusterID != self.BGP.ClusterID) {
+		p.RouteReflectorClient = true
+		p.ClusterID, _ = netip.ParseAddr(self.BGP.ClusterID) // checked when it was read
+	}
+	var err error
+	p.Password, err = secret(c.Password)
+	return p, err
 }
 
 func secret(s *api.Secret) (string, error) {

@@ -149,12 +149,14 @@ func (s *Secret) check(key string) error {
 	return nil
 }
 
-// BGPPeer is a peer beside the mesh: every node's, or one node's.
+// BGPPeer are peers beside the mesh: a router, or nodes of the cluster, which then have the nodes that peer with them as
+// their peers too.
 type BGPPeer struct {
-	Node                string   `json:"node,omitempty"` // "": every node's
-	NodeSelector        string   `json:"nodeSelector,omitempty"`
-	PeerIP              string   `json:"peerIP"` // "10.0.0.254" or "10.0.0.254:1790", "[2001:db8::1]:1790"
-	ASNumber            ASNumber `json:"asNumber"`
+	Node                string   `json:"node,omitempty"`         // which node has the peers; "" and no selector: every node
+	NodeSelector        string   `json:"nodeSelector,omitempty"` // which nodes have them, in place of Node
+	PeerIP              string   `json:"peerIP,omitempty"`       // "10.0.0.254" or "10.0.0.254:1790", "[2001:db8::1]:1790"
+	ASNumber            ASNumber `json:"asNumber,omitempty"`
+	PeerSelector        string   `json:"peerSelector,omitempty"` // which nodes the peers are, in place of PeerIP and ASNumber
 	Password            *Secret  `json:"password,omitempty"`
 	SourceAddress       string   `json:"sourceAddress,omitempty"` // UseNodeIP (default) or None
 	MaxRestartTime      Duration `json:"maxRestartTime,omitempty"`
@@ -162,6 +164,17 @@ type BGPPeer struct {
 	TTLSecurity         int      `json:"ttlSecurity,omitempty"`  // hops (RFC 5082)
 	Communities         []string `json:"communities,omitempty"`  // ours: added to what is announced
 	AllowDefault        bool     `json:"allowDefault,omitempty"` // ours: take 0.0.0.0/0 and ::/0 from it
+}
+
+// Global tells whether every node has the peers.
+func (p BGPPeer) Global() bool { return p.Node == "" && p.NodeSelector == "" }
+
+// Has tells whether a node with that name and those labels has the peers.
+func (p BGPPeer) Has(node string, labels map[string]string) bool {
+	if p.Node != "" {
+		return p.Node == node
+	}
+	return Selects(p.NodeSelector, labels)
 }
 
 // Peer is the peer's address; its port is 0 when none is written.
@@ -178,20 +191,29 @@ func (p BGPPeer) Peer() (netip.AddrPort, error) {
 
 // Complete validates the peer.
 func (p *BGPPeer) Complete(string) error {
-	a, err := p.Peer()
 	switch {
-	case err != nil:
-		return err
-	case a.Addr().IsUnspecified() || a.Addr().IsMulticast() || a.Addr().IsLoopback():
-		return fmt.Errorf("%w: peerIP %s is no peer's address", ErrInvalid, a.Addr())
-	case p.ASNumber == 0:
-		return fmt.Errorf("%w: asNumber is missing", ErrInvalid)
-	case p.NodeSelector != "" && p.NodeSelector != "all()":
-		return fmt.Errorf("nodeSelector %q: %w yet; name one node by node, or none for all", p.NodeSelector, ErrUnsupported)
 	case p.NodeSelector != "" && p.Node != "":
 		return fmt.Errorf("%w: node and nodeSelector exclude each other", ErrInvalid)
+	case p.PeerSelector != "" && (p.PeerIP != "" || p.ASNumber != 0):
+		return fmt.Errorf("%w: peerSelector excludes peerIP and asNumber: the nodes that it selects say what they are", ErrInvalid)
+	case p.PeerSelector == "" && p.PeerIP == "":
+		return fmt.Errorf("%w: neither peerIP nor peerSelector says who the peer is", ErrInvalid)
+	case p.PeerSelector == "" && p.ASNumber == 0:
+		return fmt.Errorf("%w: asNumber is missing", ErrInvalid)
 	case p.TTLSecurity < 0 || p.TTLSecurity > 254:
 		return fmt.Errorf("%w: ttlSecurity %d: not between 1 and 254", ErrInvalid, p.TTLSecurity)
+	}
+	if p.PeerIP != "" {
+		a, err := p.Peer()
+		if err != nil {
+			return err
+		}
+		if a.Addr().IsUnspecified() || a.Addr().IsMulticast() || a.Addr().IsLoopback() {
+			return fmt.Errorf("%w: peerIP %s is no peer's address", ErrInvalid, a.Addr())
+		}
+	}
+	if err := errors.Join(checkSelector("nodeSelector", p.NodeSelector), checkSelector("peerSelector", p.PeerSelector)); err != nil {
+		return err
 	}
 	switch p.SourceAddress {
 	case "":

@@ -54,8 +54,9 @@ func (p *IPPool) Complete(string) (err error) {
 		return fmt.Errorf("ipipMode %s: %w; write vxlanMode", p.IPIPMode, ErrUnsupported)
 	case p.VXLANMode != "" && p.VXLANMode != "Never":
 		return fmt.Errorf("vxlanMode %s: %w yet; hosts must share a network or have routers between them that speak BGP", p.VXLANMode, ErrUnsupported)
-	case p.NodeSelector != "" && p.NodeSelector != "all()":
-		return fmt.Errorf("nodeSelector %q: %w yet", p.NodeSelector, ErrUnsupported)
+	}
+	if err := checkSelector("nodeSelector", p.NodeSelector); err != nil {
+		return err
 	}
 	for _, use := range p.AllowedUses {
 		if use != "Workload" {

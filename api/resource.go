@@ -143,6 +143,20 @@ func Strict(data []byte, into any) error {
 	return nil
 }
 
+// Selects tells whether a selector, in Calico's language, selects labels; "" is all. One that can't be read, and that Complete
+// so refuses, selects nothing.
+func Selects(text string, labels map[string]string) bool {
+	s, err := selector.Parse(text)
+	return err == nil && s.Matches(labels)
+}
+
+func checkSelector(key, text string) error {
+	if _, err := selector.Parse(text); err != nil {
+		return fmt.Errorf("%w: %s %q: %w", ErrInvalid, key, text, err)
+	}
+	return nil
+}
+
 func validName(s string) bool {
 	if s == "" || len(s) > 253 {
 		return false

@@ -183,6 +183,9 @@ func (p Peer) clone() Peer {
 	return p
 }
 
+// Check says what is wrong with a peer for this speaker. ErrInvalid.
+func (s *Speaker) Check(p Peer) error { return p.check(&s.config) }
+
 // SetPeers makes the set of peers equal to the given one: it adds, changes and removes only what differs. Sessions of
 // unchanged peers stay up, and so do those of which only import filters, limits, communities or the next hop change.
 // Nothing is changed when a peer is invalid. Peers shows the new set a moment later.

@@ -97,6 +97,8 @@ func TestParseIPPool(t *testing.T) {
 	}
 }
 
+const peer = "apiVersion: projectcalico.org/v3\nkind: BGPPeer\nmetadata: {name: p}\nspec: "
+
 func TestParse(t *testing.T) {
 	const node = "apiVersion: projectcalico.org/v3\nkind: Node\nmetadata: {name: h1}\nspec: {bgp: {ipv4Address: 10.0.0.1/24, asNumber: \"1.10\"}}\n"
 	all, err := Parse([]byte("# a comment\n---\n" + node + "---\n" + head + " {cidr: 10.1.0.0/16, natOutgoing: true, ipipMode: Never, vxlanMode: Never, nodeSelector: all()}\n"))
@@ -104,6 +106,9 @@ func TestParse(t *testing.T) {
 		t.Fatalf("%+v, %v", all, err)
 	}
 	if all, err = Parse([]byte(`{"kind": "List", "apiVersion": "v1", "items": [{"apiVersion": "projectcalico.org/v3", "kind": "BGPPeer", "metadata": {"name": "tor"}, "spec": {"peerIP": "[2001:db8::1]:1790", "asNumber": 65001}}]}`)); err != nil || len(all) != 1 {
+		t.Fatalf("%+v, %v", all, err)
+	}
+	if all, err = Parse([]byte(head + " {cidr: 10.1.0.0/16, nodeSelector: rack == 'a'}\n---\n" + peer + "{nodeSelector: '!has(route-reflector)', peerSelector: has(route-reflector)}")); err != nil || len(all) != 2 {
 		t.Fatalf("%+v, %v", all, err)
 	}
 	for text, want := range map[string]string{
@@ -118,7 +123,14 @@ func TestParse(t *testing.T) {
 		strings.Replace(node, "1.10", "0", 1):                       "AS number",
 		node + "metadata: {name: h2}\n":                             "already",
 		head + " {cidr: 10.1.0.0/16, ipipMode: Always}":             "vxlanMode",
-		head + " {cidr: 10.1.0.0/16, nodeSelector: has(a)}":         "not supported",
+		head + " {cidr: 10.1.0.0/16, nodeSelector: has(a}":          `nodeSelector "has(a": invalid selector: column 6: expected )`,
+		strings.Replace(node, "h1", "h1, labels: {'a b': c}", 1):    `metadata.labels "a b"`,
+		peer + "{peerIP: 10.0.0.1}":                                 "asNumber is missing",
+		peer + "{asNumber: 64512}":                                  "neither peerIP nor peerSelector",
+		peer + "{peerSelector: has(a), asNumber: 64512}":            "peerSelector excludes peerIP and asNumber",
+		peer + "{peerSelector: has(a), peerIP: 10.0.0.1}":           "peerSelector excludes peerIP and asNumber",
+		peer + "{peerSelector: has(a), node: h1, nodeSelector: a}":  "node and nodeSelector exclude each other",
+		peer + "{peerSelector: a = b}":                              `peerSelector "a = b"`,
 	} {
 		if all, err := Parse([]byte(text)); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %+v, %v; want %q", text, all, err, want)
