@@ -17,7 +17,7 @@ const (
 	ForeignOrigin AlarmKind = iota // somebody else announces one of our own blocks, or a part of it; it is not used
 	Default                        // a peer announces 0.0.0.0/0 or ::/0 and may not; it is not used
 	Limit                          // a peer announces more than its MaxPrefixes
-	Refused                        // an import filter refused a prefix
+	Refused                        // a peer announces what is not in its AllowedPrefixes, and no filter accepts it
 	Session                        // a session does not come up or broke: wrong AS, wrong password, malformed message
 )
 
@@ -73,9 +73,9 @@ func (s *Speaker) alarmForeign(peer netip.Addr, prefix, block netip.Prefix) {
 	s.alarm(Alarm{Kind: ForeignOrigin, Prefix: prefix, Peer: peer, Text: formatf("%s announces %s; it is not used", peer, what)})
 }
 
-// refuse raises the alarm for a prefix that the policies did not let in.
+// refuse raises the alarm for a prefix that the peer may not tell us.
 func (s *Speaker) refuse(n *peer, prefix netip.Prefix) {
-	a := Alarm{Kind: Refused, Prefix: prefix, Peer: n.Address, Text: formatf("%s announces %s, which its import filter refuses", n.Address, prefix)}
+	a := Alarm{Kind: Refused, Prefix: prefix, Peer: n.Address, Text: formatf("%s announces %s, which is none of its allowed prefixes; it is not used", n.Address, prefix)}
 	if prefix.Bits() == 0 && !n.AllowDefault {
 		a.Kind, a.Text = Default, formatf("%s announces the default route %s and may not; it is not used", n.Address, prefix)
 	}

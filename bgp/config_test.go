@@ -73,11 +73,30 @@ func TestPeer(t *testing.T) {
 		{func(p *Peer) { p.RouteReflectorClient = true }, ""},
 		{func(p *Peer) { p.RouteReflectorClient, p.ASN = true, 64513 }, "RouteReflectorClient"},
 		{func(p *Peer) { p.ClusterID = netip.MustParseAddr("::1") }, "ClusterID"},
-		{func(p *Peer) { p.Import = []Filter{{Prefix: p4, Min: 26, Max: 26}, {Prefix: p6, Max: 128}} }, ""},
+		{func(p *Peer) { p.Import = []Filter{{Prefix: p4, Min: 26, Max: 26}, {Prefix: p6, Min: 32, Max: 128}} }, ""},
 		{func(p *Peer) { p.Import = []Filter{{Prefix: p4, Min: 8}} }, "Import[0]"},
-		{func(p *Peer) { p.Import = []Filter{{Prefix: p4, Max: 33}} }, "Import[0]"},
-		{func(p *Peer) { p.Export = []Filter{{Prefix: p4}, {Prefix: p4, Min: 26, Max: 25}} }, "Export[1]"},
-		{func(p *Peer) { p.Export = []Filter{{Prefix: netip.MustParsePrefix("10.10.0.1/16")}} }, "want 10.10.0.0/16"},
+		{func(p *Peer) { p.Import = []Filter{{Prefix: p4, Min: 16, Max: 33}} }, "Import[0]"},
+		{func(p *Peer) { p.Import = []Filter{{Prefix: p4}} }, "Import[0]"},
+		{func(p *Peer) { p.Import = []Filter{{Prefix: p4, Min: 16, Max: 16, FromPeers: true}} }, "FromPeers is for Export"},
+		{func(p *Peer) { p.Import = []Filter{{Prefix: p4, Min: 16, Max: 16, Communities: []string{"x"}}} }, "Import[0]"},
+		{func(p *Peer) { p.Import = []Filter{{Prefix: p4, Min: 16, Max: 16, Prepend: []uint32{64512}}} }, "changes what it rejects"},
+		{func(p *Peer) {
+			p.Import = []Filter{{Prefix: p4, Min: 16, Max: 16, Action: Accept, Prepend: []uint32{0}}}
+		}, "AS 0 is reserved"},
+		{func(p *Peer) {
+			p.Import = []Filter{{Prefix: p4, Min: 16, Max: 16, Action: Accept, Prepend: slices.Repeat([]uint32{64512}, 11)}}
+		}, "more than 10"},
+		{func(p *Peer) {
+			p.Import = []Filter{{Prefix: p4, Min: 16, Max: 16, Action: Accept, ASPath: []uint32{65001}, Prepend: []uint32{65002, 65003}}}
+		}, "one AS only"},
+		{func(p *Peer) {
+			p.ASN, p.Export = 64513, []Filter{{Prefix: p4, Min: 16, Max: 16, Action: Accept, Prepend: []uint32{64512, 64512}}}
+		}, ""},
+		{func(p *Peer) {
+			p.ASN, p.Export = 64513, []Filter{{Prefix: p4, Min: 16, Max: 16, Action: Accept, Prepend: []uint32{65001}}}
+		}, "only our own, 64512"},
+		{func(p *Peer) { p.Export = []Filter{{Prefix: p4, Min: 16, Max: 32}, {Prefix: p4, Min: 26, Max: 25}} }, "Export[1]"},
+		{func(p *Peer) { p.Export = []Filter{{Prefix: netip.MustParsePrefix("10.10.0.1/16"), Min: 16, Max: 32}} }, "want 10.10.0.0/16"},
 		{func(p *Peer) { p.AllowedPrefixes = []netip.Prefix{{}} }, "AllowedPrefixes"},
 		{func(p *Peer) { p.Communities = []string{"65001:100", "1:2:3"} }, ""},
 		{func(p *Peer) { p.Communities = []string{"65536:100"} }, "65536"},
@@ -127,24 +146,17 @@ func TestInvalidChangesNothing(t *testing.T) {
 	}
 }
 
-func TestAccepts(t *testing.T) {
-	p := Peer{
-		Import: []Filter{
-			{Prefix: netip.MustParsePrefix("10.10.1.0/24"), Accept: false},
-			{Prefix: netip.MustParsePrefix("192.0.2.0/24"), Min: 26, Max: 28, Accept: true},
-		},
-		AllowedPrefixes: prefixes("10.10.0.0/16", "2001:db8::/32"),
-	}
+func TestExpects(t *testing.T) {
+	p := Peer{AllowedPrefixes: prefixes("10.10.0.0/16", "2001:db8::/32")}
 	for prefix, want := range map[string]bool{
-		"10.10.0.0/16": true, "10.10.2.0/26": true, "10.10.1.0/26": false, "10.10.1.0/24": false, "10.0.0.0/8": false,
-		"192.0.2.0/24": false, "192.0.2.0/26": true, "192.0.2.16/28": true, "192.0.2.1/32": false,
+		"10.10.0.0/16": true, "10.10.2.0/26": true, "10.0.0.0/8": false, "192.0.2.0/24": false,
 		"2001:db8:1::/48": true, "2001:db9::/32": false, "0.0.0.0/0": false, "::/0": false,
 	} {
-		if got := p.accepts(netip.MustParsePrefix(prefix)); got != want {
-			t.Errorf("accepts %s: %v", prefix, got)
+		if got := p.expects(netip.MustParsePrefix(prefix)); got != want {
+			t.Errorf("expects %s: %v", prefix, got)
 		}
 	}
-	if !(Peer{AllowDefault: true}).accepts(default4) || (Peer{}).accepts(default6) {
+	if !(Peer{AllowDefault: true}).expects(default4) || (Peer{}).expects(default6) {
 		t.Error("the default route")
 	}
 }

@@ -55,8 +55,8 @@ func (s *Speaker) event(e *apipb.WatchEventResponse) {
 			continue
 		}
 		if p.IsWithdraw {
-			// What a filter refuses comes as a withdrawal too, but with its attributes.
-			if len(p.Pattrs) > 0 && !n.accepts(prefix) {
+			// What policies reject comes as a withdrawal too, but with its attributes.
+			if len(p.Pattrs) > 0 && !n.expects(prefix) {
 				s.refuse(n, prefix)
 			}
 			s.heard(n, &path{Route: Route{Prefix: prefix}}, true)

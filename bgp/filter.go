@@ -9,52 +9,70 @@ import (
 	apipb "github.com/osrg/gobgp/v3/api"
 )
 
-// Filter accepts or refuses prefixes that are Prefix, or inside it, and whose mask is Min to Max bits long.
+// Action is what a filter does with what it matches.
+type Action int
+
+// The actions.
+const (
+	Reject   Action = iota
+	Accept          // at once: no later filter is asked
+	Continue        // with the next filter
+)
+
+// Filter matches paths by all that it says. What it does not reject it may change.
 type Filter struct {
-	Prefix   netip.Prefix
-	Min, Max int // 0: Prefix's own length, and 32 or 128: Prefix and all that is inside it
-	Accept   bool
+	Prefix   netip.Prefix // paths to it or to a part of it, of its family,
+	Min, Max int          // whose mask has so many bits, at least Prefix's own
+	Outside  bool         // the others of that family instead
+
+	Communities []string // that the path has: "65001:100", large ones "65001:1:2"
+	ASPath      []uint32 // that its AS path begins with, nearest first; our own is not yet in it when it is told to another AS
+	FromPeers   bool     // Export: that a peer told us, in contrast to our own
+
+	Action         Action
+	AddCommunities []string
+	Prepend        []uint32 // before the AS path, as they will stand there
 }
+
+const maxPrepend = 10 // as Calico
 
 func (f Filter) check(field string) error {
 	if err := checkPrefix(field+".Prefix", f.Prefix); err != nil {
 		return err
 	}
-	low, high := f.lengths()
-	if f.Min < 0 || f.Max < 0 || low < f.Prefix.Bits() || high < low || high > f.Prefix.Addr().BitLen() {
+	if f.Min < f.Prefix.Bits() || f.Max < f.Min || f.Max > f.Prefix.Addr().BitLen() {
 		return invalid("%s: Min %d, Max %d: want %d <= Min <= Max <= %d", field, f.Min, f.Max, f.Prefix.Bits(), f.Prefix.Addr().BitLen())
 	}
+	if f.Action < Reject || f.Action > Continue {
+		return invalid("%s.Action %d: want Reject, Accept or Continue", field, int(f.Action))
+	}
+	if f.Action == Reject && len(f.AddCommunities)+len(f.Prepend) > 0 {
+		return invalid("%s changes what it rejects", field)
+	}
+	for _, n := range slices.Concat(f.ASPath, f.Prepend) {
+		if err := checkASN(field+": AS", n); err != nil {
+			return err
+		}
+	}
+	if len(f.Prepend) > maxPrepend {
+		return invalid("%s.Prepend has %d ASs, more than %d", field, len(f.Prepend), maxPrepend)
+	}
+	if len(f.ASPath) > 0 && len(slices.Compact(slices.Clone(f.Prepend))) > 1 {
+		return invalid("%s: what asks for an AS path can prepend one AS only, any number of times", field)
+	}
+	if _, _, err := parseCommunities(slices.Concat(f.Communities, f.AddCommunities)); err != nil {
+		return fmt.Errorf("%s: %w", field, err)
+	}
 	return nil
-}
-
-func (f Filter) lengths() (low, high int) {
-	low, high = f.Min, f.Max
-	if low == 0 {
-		low = f.Prefix.Bits()
-	}
-	if high == 0 {
-		high = f.Prefix.Addr().BitLen()
-	}
-	return low, high
-}
-
-func (f Filter) matches(p netip.Prefix) bool {
-	low, high := f.lengths()
-	return low <= p.Bits() && p.Bits() <= high && inside(p, f.Prefix)
 }
 
 // inside tells whether p is b or a part of it.
 func inside(p, b netip.Prefix) bool { return p.Bits() >= b.Bits() && b.Contains(p.Addr()) }
 
-// accepts tells whether p's prefix is taken from the peer: what the policies made of it make GoBGP do.
-func (p Peer) accepts(prefix netip.Prefix) bool {
+// expects tells whether a prefix is one that the peer may tell us. What a filter rejects beside that is the operator's wish.
+func (p Peer) expects(prefix netip.Prefix) bool {
 	if prefix.Bits() == 0 && !p.AllowDefault {
 		return false
-	}
-	for _, f := range p.Import {
-		if f.matches(prefix) {
-			return f.Accept
-		}
 	}
 	return len(p.AllowedPrefixes) == 0 || slices.ContainsFunc(p.AllowedPrefixes, func(b netip.Prefix) bool { return inside(prefix, b) })
 }
@@ -75,15 +93,22 @@ type policies struct {
 	sets       []*apipb.DefinedSet
 	statements []*apipb.Statement // of the direction being made
 	result     []*apipb.Policy
-	named      map[string]string // names of prefix sets by what is in them
+	named      map[string]string // names of sets by what is in them
 	serial     int
+	takeBack   bool
 }
 
-// setPolicies puts the filters of all peers in force, for what is heard and told from now on.
-func (s *Speaker) setPolicies(peers []Peer) error {
+// llgrStale is LLGR_STALE (RFC 9494). GoBGP withdraws a path with it from a peer that does not know long-lived graceful
+// restart, and none of ours does.
+const llgrStale = "65535:6"
+
+// setPolicies puts the filters of all peers in force, for what is heard and told from now on. With takeBack, what export
+// filters reject is withdrawn when it is looked at again: GoBGP does not remember what it told to whom, and leaves with the
+// peer what a filter came to reject.
+func (s *Speaker) setPolicies(peers []Peer, takeBack bool) error {
 	peers = slices.Clone(peers)
 	slices.SortFunc(peers, func(a, b Peer) int { return a.Address.Compare(b.Address) })
-	ps := &policies{named: map[string]string{}}
+	ps := &policies{named: map[string]string{}, takeBack: takeBack}
 
 	imports := group(peers, func(p Peer) string { return fmt.Sprint(p.Import, p.AllowedPrefixes, p.AllowDefault) })
 	// Import filters are for what peers say.
@@ -133,8 +158,7 @@ func (ps *policies) addImport(g []Peer, last bool) {
 		}
 	}
 	for _, f := range p.Import {
-		low, high := f.lengths()
-		ps.add(neighbors, ps.prefixes(apiPrefix(f.Prefix, low, high)), decide(f.Accept))
+		ps.addFilter(neighbors, f)
 	}
 	for _, v4 := range []bool{true, false} {
 		var allowed []*apipb.Prefix
@@ -170,10 +194,71 @@ func (ps *policies) addExport(g []Peer, last bool, c *Config) {
 		ps.addNextHop(neighbors, false, &apipb.NexthopAction{Address: c.NextHop6.String()})
 	}
 	for _, f := range p.Export {
-		low, high := f.lengths()
-		ps.add(neighbors, ps.prefixes(apiPrefix(f.Prefix, low, high)), decide(f.Accept))
+		if p.ASN != c.ASN && len(f.ASPath) > 0 {
+			f.ASPath = slices.Concat([]uint32{c.ASN}, f.ASPath) // GoBGP asks filters when it has put ours before it
+		}
+		ps.addFilter(neighbors, f)
 	}
 	ps.add(neighbors, "", decide(true))
+}
+
+// addFilter adds a filter's statements: GoBGP asks for one type of route, and prepends one AS, in each.
+func (ps *policies) addFilter(neighbors string, f Filter) {
+	standard, large, _ := parseCommunities(f.Communities) // checked before
+	addStandard, addLarge, _ := parseCommunities(f.AddCommunities)
+	types := []apipb.Conditions_RouteType{apipb.Conditions_ROUTE_TYPE_NONE}
+	if f.FromPeers {
+		types = []apipb.Conditions_RouteType{apipb.Conditions_ROUTE_TYPE_INTERNAL, apipb.Conditions_ROUTE_TYPE_EXTERNAL}
+	}
+	for _, t := range types {
+		conditions := func() *apipb.Conditions {
+			c := &apipb.Conditions{RouteType: t, PrefixSet: &apipb.MatchSet{Name: ps.prefixes(apiPrefix(f.Prefix, f.Min, f.Max))}}
+			if f.Outside {
+				c.PrefixSet.Type = apipb.MatchSet_INVERT
+			}
+			c.CommunitySet = ps.words(apipb.DefinedType_COMMUNITY, standard)
+			c.LargeCommunitySet = ps.words(apipb.DefinedType_LARGE_COMMUNITY, large)
+			if len(f.ASPath) > 0 {
+				c.AsPathSet = ps.words(apipb.DefinedType_AS_PATH, []string{asPathPrefix(f.ASPath)})
+			}
+			return c
+		}
+		do := ps.decide(f.Action)
+		if len(addStandard) > 0 {
+			do.Community = &apipb.CommunityAction{Communities: addStandard}
+		}
+		if len(addLarge) > 0 {
+			do.LargeCommunity = &apipb.CommunityAction{Communities: addLarge}
+		}
+		if all := prepends(f.Prepend); len(all) > 0 {
+			do.AsPrepend = all[len(all)-1]
+			for _, p := range all[:len(all)-1] {
+				ps.addStatement(neighbors, conditions(), &apipb.Actions{AsPrepend: p})
+			}
+		}
+		ps.addStatement(neighbors, conditions(), do)
+	}
+}
+
+// prepends are GoBGP's actions that put ASs before a path, the last first.
+func prepends(all []uint32) (do []*apipb.AsPrependAction) {
+	for _, n := range slices.Backward(all) {
+		if last := len(do) - 1; last >= 0 && do[last].Asn == n {
+			do[last].Repeat++
+		} else {
+			do = append(do, &apipb.AsPrependAction{Asn: n, Repeat: 1})
+		}
+	}
+	return do
+}
+
+// asPathPrefix is a regular expression in which GoBGP reads "_" as what separates ASs.
+func asPathPrefix(all []uint32) string {
+	text := "^"
+	for _, n := range all {
+		text += fmt.Sprint(n) + "_"
+	}
+	return text
 }
 
 // addNextHop sets the next hop of one family's prefixes.
@@ -205,9 +290,22 @@ func (ps *policies) neighbors(g []Peer, last bool) string {
 }
 
 func (ps *policies) prefixes(members ...*apipb.Prefix) string {
-	key := fmt.Sprint(members)
+	return ps.set(&apipb.DefinedSet{DefinedType: apipb.DefinedType_PREFIX, Prefixes: members})
+}
+
+// words is the condition that a path has all that a set of words stands for; nil: none.
+func (ps *policies) words(t apipb.DefinedType, members []string) *apipb.MatchSet {
+	if len(members) == 0 {
+		return nil
+	}
+	return &apipb.MatchSet{Type: apipb.MatchSet_ALL, Name: ps.set(&apipb.DefinedSet{DefinedType: t, List: members})}
+}
+
+// set names a set, the same one for the same members.
+func (ps *policies) set(set *apipb.DefinedSet) string {
+	key := fmt.Sprint(set.DefinedType, set.Prefixes, set.List)
 	if ps.named[key] == "" {
-		set := &apipb.DefinedSet{DefinedType: apipb.DefinedType_PREFIX, Name: ps.name("prefixes"), Prefixes: members}
+		set.Name = ps.name("set")
 		ps.sets = append(ps.sets, set)
 		ps.named[key] = set.Name
 	}
@@ -215,14 +313,18 @@ func (ps *policies) prefixes(members ...*apipb.Prefix) string {
 }
 
 func (ps *policies) add(neighbors, prefixes string, do *apipb.Actions) {
-	st := &apipb.Statement{Name: ps.name("statement"), Actions: do, Conditions: &apipb.Conditions{}}
-	if neighbors != "" {
-		st.Conditions.NeighborSet = &apipb.MatchSet{Type: apipb.MatchSet_ANY, Name: neighbors}
-	}
+	c := &apipb.Conditions{}
 	if prefixes != "" {
-		st.Conditions.PrefixSet = &apipb.MatchSet{Type: apipb.MatchSet_ANY, Name: prefixes}
+		c.PrefixSet = &apipb.MatchSet{Type: apipb.MatchSet_ANY, Name: prefixes}
 	}
-	ps.statements = append(ps.statements, st)
+	ps.addStatement(neighbors, c, do)
+}
+
+func (ps *policies) addStatement(neighbors string, c *apipb.Conditions, do *apipb.Actions) {
+	if neighbors != "" {
+		c.NeighborSet = &apipb.MatchSet{Type: apipb.MatchSet_ANY, Name: neighbors}
+	}
+	ps.statements = append(ps.statements, &apipb.Statement{Name: ps.name("statement"), Conditions: c, Actions: do})
 }
 
 func (ps *policies) finish(direction apipb.PolicyDirection) {
@@ -232,6 +334,17 @@ func (ps *policies) finish(direction apipb.PolicyDirection) {
 
 func apiPrefix(p netip.Prefix, low, high int) *apipb.Prefix {
 	return &apipb.Prefix{IpPrefix: p.String(), MaskLengthMin: uint32(low), MaskLengthMax: uint32(high)}
+}
+
+// decide is a filter's action.
+func (ps *policies) decide(a Action) *apipb.Actions {
+	if a == Continue {
+		return &apipb.Actions{}
+	}
+	if a == Reject && ps.takeBack && ps.result != nil { // import comes first
+		return &apipb.Actions{Community: &apipb.CommunityAction{Communities: []string{llgrStale}}, RouteAction: apipb.RouteAction_ACCEPT}
+	}
+	return decide(a == Accept)
 }
 
 func decide(accept bool) *apipb.Actions {

@@ -53,8 +53,8 @@ type Peer struct {
 	RouteReflectorClient bool       // iBGP only: what other iBGP peers tell us is told to it, and the other way round
 	ClusterID            netip.Addr // of the reflector; IPv4; zero: our router ID
 
-	// Import and Export: the first filter that matches decides. On import nothing but AllowedPrefixes and what is inside
-	// them is accepted when no filter matches, unless there are none; on export everything is.
+	// Import and Export: the first filter that matches and does not continue decides. On import nothing but AllowedPrefixes and
+	// what is inside them is accepted when no filter does, unless there are none; on export everything is.
 	Import, Export  []Filter
 	AllowedPrefixes []netip.Prefix
 
@@ -129,10 +129,18 @@ func (p Peer) check(c *Config) error {
 		if err := f.check(fmt.Sprintf("Import[%d]", i)); err != nil {
 			return within(err)
 		}
+		if f.FromPeers {
+			return bad("Import[%d]: FromPeers is for Export", i)
+		}
 	}
 	for i, f := range p.Export {
-		if err := f.check(fmt.Sprintf("Export[%d]", i)); err != nil {
+		field := fmt.Sprintf("Export[%d]", i)
+		if err := f.check(field); err != nil {
 			return within(err)
+		}
+		// GoBGP would put it before our own, and peers in another AS want that first.
+		if p.ASN != c.ASN && slices.ContainsFunc(f.Prepend, func(n uint32) bool { return n != c.ASN }) {
+			return bad("%s: Prepend %d: to a peer in another AS only our own, %d, can be prepended", field, f.Prepend, c.ASN)
 		}
 	}
 	for _, allowed := range p.AllowedPrefixes {
@@ -159,11 +167,10 @@ func (p Peer) check(c *Config) error {
 	return nil
 }
 
-// sameSession tells whether going from p to q leaves the session as it is. Export filters belong to it: GoBGP does not take
-// back what it announced before a filter refused it.
+// sameSession tells whether going from p to q leaves the session as it is.
 func (p Peer) sameSession(q Peer) bool {
 	for _, x := range []*Peer{&p, &q} {
-		x.Kind, x.Import, x.AllowedPrefixes, x.Communities = 0, nil, nil, nil
+		x.Kind, x.Import, x.Export, x.AllowedPrefixes, x.Communities = 0, nil, nil, nil, nil
 		x.NextHopSelf, x.MaxPrefixes, x.AllowDefault = false, 0, false
 		x.Port = x.port()
 	}
@@ -172,11 +179,11 @@ func (p Peer) sameSession(q Peer) bool {
 
 // samePolicy tells whether routes to and from p and q are treated alike.
 func (p Peer) samePolicy(q Peer) bool {
-	return slices.Equal(p.Import, q.Import) && slices.Equal(p.AllowedPrefixes, q.AllowedPrefixes) &&
+	return reflect.DeepEqual(p.Import, q.Import) && reflect.DeepEqual(p.Export, q.Export) && slices.Equal(p.AllowedPrefixes, q.AllowedPrefixes) &&
 		slices.Equal(p.Communities, q.Communities) && p.NextHopSelf == q.NextHopSelf && p.AllowDefault == q.AllowDefault
 }
 
-// clone makes p independent of the caller's slices.
+// clone makes p independent of the caller's slices, but for those within filters, which nobody changes.
 func (p Peer) clone() Peer {
 	p.Import, p.Export = slices.Clone(p.Import), slices.Clone(p.Export)
 	p.AllowedPrefixes, p.Communities = slices.Clone(p.AllowedPrefixes), slices.Clone(p.Communities)
@@ -187,7 +194,7 @@ func (p Peer) clone() Peer {
 func (s *Speaker) Check(p Peer) error { return p.check(&s.config) }
 
 // SetPeers makes the set of peers equal to the given one: it adds, changes and removes only what differs. Sessions of
-// unchanged peers stay up, and so do those of which only import filters, limits, communities or the next hop change.
+// unchanged peers stay up, and so do those of which only filters, limits, communities or the next hop change.
 // Nothing is changed when a peer is invalid. Peers shows the new set a moment later.
 func (s *Speaker) SetPeers(peers []Peer) error {
 	want := map[netip.Addr]Peer{}
@@ -232,8 +239,8 @@ func (s *Speaker) SetPeers(peers []Peer) error {
 			return err
 		}
 	}
-	if len(add)+len(remove)+len(reset) > 0 {
-		if err := s.setPolicies(slices.Collect(maps.Values(want))); err != nil {
+	if len(reset) > 0 {
+		if err := s.setPolicies(slices.Collect(maps.Values(want)), true); err != nil {
 			return err
 		}
 	}
@@ -242,6 +249,11 @@ func (s *Speaker) SetPeers(peers []Peer) error {
 		err := s.server.ResetPeer(s.ctx, &apipb.ResetPeerRequest{Address: p.Address.String(), Soft: true, Direction: apipb.ResetPeerRequest_BOTH})
 		if err != nil {
 			return fmt.Errorf("refresh routes of peer %s: %w", p.Address, err)
+		}
+	}
+	if len(add)+len(remove)+len(reset) > 0 {
+		if err := s.setPolicies(slices.Collect(maps.Values(want)), false); err != nil {
+			return err
 		}
 	}
 	return s.begin(add)

@@ -126,7 +126,7 @@ func (s *Speaker) start(ctx context.Context) error {
 	if err := withoutMPTCP(func() error { return s.server.StartBgp(ctx, &apipb.StartBgpRequest{Global: global}) }); err != nil {
 		return fmt.Errorf("start BGP on port %d: %w", s.config.ListenPort, err)
 	}
-	err := s.setPolicies(nil)
+	err := s.setPolicies(nil, false)
 	for _, direction := range []apipb.PolicyDirection{apipb.PolicyDirection_IMPORT, apipb.PolicyDirection_EXPORT} {
 		if err == nil {
 			err = s.server.SetPolicyAssignment(ctx, &apipb.SetPolicyAssignmentRequest{Assignment: &apipb.PolicyAssignment{
@@ -279,7 +279,7 @@ func (s *Speaker) Announce(prefixes []netip.Prefix) error {
 		return nil
 	}
 	peers := slices.Collect(maps.Values(s.wanted))
-	if err := s.setPolicies(peers); err != nil {
+	if err := s.setPolicies(peers, false); err != nil {
 		return err
 	}
 	return s.begin(peers)

@@ -196,7 +196,10 @@ func TestSetPeersTouchesOnlyWhatDiffers(t *testing.T) {
 	p.Import = []Filter{{Prefix: netip.MustParsePrefix("198.51.100.0/24"), Min: 25, Max: 32}}
 	p.Communities = []string{"65001:100", "65001:1:2"}
 	do(t, one.SetPeers([]Peer{p}))
-	eventually(t, "the filters' work", func() bool { return sink1.count() == 2 && sink1.alarmed(Refused, "198.51.100.0/25") })
+	eventually(t, "the filters' work", func() bool { return sink1.count() == 2 && !sink1.has("198.51.100.0/25") })
+	if sink1.alarmed(Refused) {
+		t.Error("an alarm about what a filter rejected")
+	}
 	eventually(t, "communities", func() bool {
 		r := two.Routes()
 		return len(r) == 2 && slices.Equal(r[0].Communities, p.Communities) && slices.Equal(r[0].ASPath, []uint32{64512})
@@ -204,17 +207,27 @@ func TestSetPeersTouchesOnlyWhatDiffers(t *testing.T) {
 
 	p.Import, p.AllowedPrefixes, p.Communities = nil, prefixes("10.0.0.0/8", "10.10.0.0/16"), nil
 	do(t, one.SetPeers([]Peer{p}))
-	eventually(t, "what is allowed", func() bool { return sink1.count() == 1 && sink1.has("10.10.2.0/26") })
+	eventually(t, "what is allowed", func() bool {
+		return sink1.count() == 1 && sink1.has("10.10.2.0/26") && sink1.alarmed(Refused, "198.51.100.0/25")
+	})
 	p.AllowedPrefixes = nil
 	do(t, one.SetPeers([]Peer{p}))
 	eventually(t, "all routes again", func() bool { return sink1.count() == 3 && sink2.count() == 2 })
+
+	p.Export = []Filter{{Prefix: netip.MustParsePrefix("192.0.2.0/24"), Min: 24, Max: 32}}
+	do(t, one.SetPeers([]Peer{p}))
+	eventually(t, "the export filter's work", func() bool { return sink1.count() == 3 && sink2.count() == 1 && sink2.has("10.10.1.0/26") })
+	if got := one.Peers()[0].IPv4.Announced; got != 1 {
+		t.Errorf("%d prefixes are announced", got)
+	}
+	do(t, one.Announce(prefixes("10.10.1.0/26", "192.0.2.0/24", "192.0.2.0/25", "203.0.113.0/24")))
+	eventually(t, "what the filter has nothing against", func() bool { return sink2.count() == 2 && sink2.has("203.0.113.0/24") })
+	p.Export = nil
+	do(t, one.SetPeers([]Peer{p}))
+	eventually(t, "all that we announce", func() bool { return sink2.count() == 4 })
 	if got := one.Peers()[0].Since; got != since {
 		t.Errorf("a change of filters changed the session: %s, then %s", since, got)
 	}
-
-	p.Export = []Filter{{Prefix: netip.MustParsePrefix("192.0.2.0/24")}}
-	do(t, one.SetPeers([]Peer{p}))
-	eventually(t, "the export filter's work", func() bool { return sink1.count() == 3 && sink2.count() == 1 && sink2.has("10.10.1.0/26") })
 }
 
 func TestMaxPrefixes(t *testing.T) {

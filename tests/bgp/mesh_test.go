@@ -155,7 +155,7 @@ func TestTransit(t *testing.T) {
 	_, r := newNetwork(t, 3)
 	s := r[0].speak(ourAS)
 	three := to(3, theirAS+1)
-	three.Export = []bgp.Filter{{Prefix: netip.MustParsePrefix("10.10.0.0/16"), Min: 26, Max: 26, Accept: true}, {Prefix: netip.MustParsePrefix("2001:db8::/32")}}
+	three.Export = []bgp.Filter{{Prefix: netip.MustParsePrefix("10.10.0.0/16"), Min: 26, Max: 26, Action: bgp.Accept}, {Prefix: netip.MustParsePrefix("2001:db8::/32"), Min: 32, Max: 128}}
 	s.setPeers(to(2, theirAS), three)
 	s.announce(block4(1))
 	var speakers []*speaker
@@ -178,5 +178,14 @@ func TestTransit(t *testing.T) {
 	}
 	if speakers[1].has(block6(2)) {
 		t.Error("the export filter let something through")
+	}
+
+	// What others told us is taken back, and our own stays.
+	three.Export = []bgp.Filter{with(in("0.0.0.0/0"), func(f *bgp.Filter) { f.FromPeers = true })}
+	since := s.peer(v4(3)).Since
+	s.setPeers(to(2, theirAS), three)
+	eventually(t, "the filter's work", func() bool { return speakers[1].has(block4(1), block6(2)) && !speakers[1].has(block4(2)) })
+	if !speakers[0].has(block4(1), block4(3), block6(3)) || s.peer(v4(3)).Since != since {
+		t.Error("another peer's routes, or the session, were lost")
 	}
 }
