@@ -38,14 +38,15 @@ func BlockKey(cidr netip.Prefix) string {
 
 // view is the cluster as the store said last. It is not changed any more.
 type view struct {
-	nodes  map[string]*api.Node
-	meta   map[string]api.Metadata // of nodes
-	pools  []api.IPPool
-	usable []api.IPPool            // that this node may claim blocks of
-	bgp    api.BGPConfiguration    // the cluster's, or this node's own
-	peers  map[string]*api.BGPPeer // that this node has
-	others map[string]*api.BGPPeer // that other nodes have: they may name this one as theirs
-	blocks map[netip.Prefix]Block
+	nodes   map[string]*api.Node
+	meta    map[string]api.Metadata // of nodes
+	pools   []api.IPPool
+	usable  []api.IPPool            // that this node may claim blocks of
+	bgp     api.BGPConfiguration    // the cluster's, or this node's own
+	peers   map[string]*api.BGPPeer // that this node has
+	others  map[string]*api.BGPPeer // that other nodes have: they may name this one as theirs
+	filters map[string]*api.BGPFilter
+	blocks  map[netip.Prefix]Block
 }
 
 // cluster follows the store and keeps the last that it said.
@@ -143,7 +144,7 @@ func (c *cluster) view() (*view, bool) {
 	}
 	v := &view{
 		nodes: make(map[string]*api.Node), meta: make(map[string]api.Metadata),
-		peers: make(map[string]*api.BGPPeer), others: make(map[string]*api.BGPPeer), blocks: make(map[netip.Prefix]Block),
+		peers: make(map[string]*api.BGPPeer), others: make(map[string]*api.BGPPeer), filters: make(map[string]*api.BGPFilter), blocks: make(map[netip.Prefix]Block),
 	}
 	v.bgp.Complete("default")
 	var bad []string
@@ -192,6 +193,8 @@ func (v *view) take(kv store.KV, self string) error {
 		v.pools = append(v.pools, *spec)
 	case *api.BGPPeer:
 		v.peers[r.Metadata.Name] = spec
+	case *api.BGPFilter:
+		v.filters[r.Metadata.Name] = spec
 	case *api.BGPConfiguration: // "default" sorts before "node.NAME", which wins
 		if r.Metadata.Name == "default" || r.Metadata.Name == "node."+self {
 			v.bgp = *spec

@@ -109,6 +109,10 @@ func (a *Agent) peers(v *view, self *api.Node) ([]bgp.Peer, error) {
 			all = append(all, p)
 		}
 	}
+	advertised := advertised(v)
+	for i := range all {
+		all[i].Export = slices.Concat(advertised, all[i].Export)
+	}
 	slices.SortFunc(all, func(x, y bgp.Peer) int { return x.Address.Compare(y.Address) })
 	return all, errors.Join(errs...)
 }
@@ -264,9 +268,10 @@ func (c configured) peer(v *view, self *api.Node) (bgp.Peer, error) {
 		p.RouteReflectorClient = true
 		p.ClusterID, _ = netip.ParseAddr(self.BGP.ClusterID) // checked when it was read
 	}
-	var err error
+	var err, filters error
 	p.Password, err = secret(c.Password)
-	return p, err
+	p.Import, p.Export, filters = v.filter(c.Filters, c.asn == asNumber(v, self))
+	return p, errors.Join(err, filters)
 }
 
 func secret(s *api.Secret) (string, error) {

@@ -86,6 +86,9 @@ type BGPConfiguration struct {
 	ListenPort             int      `json:"listenPort,omitempty"`             // 0: 179
 	NodeMeshMaxRestartTime Duration `json:"nodeMeshMaxRestartTime,omitempty"` // 0: 120 s
 	NodeMeshPassword       *Secret  `json:"nodeMeshPassword,omitempty"`
+
+	Communities          []BGPCommunity           `json:"communities,omitempty"`
+	PrefixAdvertisements []BGPPrefixAdvertisement `json:"prefixAdvertisements,omitempty"`
 }
 
 // Mesh tells whether every node is every other node's peer.
@@ -101,6 +104,9 @@ func (c *BGPConfiguration) Complete(name string) error {
 	}
 	if c.ListenPort < 0 || c.ListenPort > 65535 {
 		return fmt.Errorf("%w: listenPort %d", ErrInvalid, c.ListenPort)
+	}
+	if _, err := c.Advertised(); err != nil {
+		return err
 	}
 	return c.NodeMeshPassword.check("nodeMeshPassword")
 }
@@ -157,6 +163,7 @@ type BGPPeer struct {
 	PeerIP              string   `json:"peerIP,omitempty"`       // "10.0.0.254" or "10.0.0.254:1790", "[2001:db8::1]:1790"
 	ASNumber            ASNumber `json:"asNumber,omitempty"`
 	PeerSelector        string   `json:"peerSelector,omitempty"` // which nodes the peers are, in place of PeerIP and ASNumber
+	Filters             []string `json:"filters,omitempty"`      // BGPFilters, in the order in which they are asked
 	Password            *Secret  `json:"password,omitempty"`
 	SourceAddress       string   `json:"sourceAddress,omitempty"` // UseNodeIP (default) or None
 	MaxRestartTime      Duration `json:"maxRestartTime,omitempty"`
@@ -214,6 +221,11 @@ func (p *BGPPeer) Complete(string) error {
 	}
 	if err := errors.Join(checkSelector("nodeSelector", p.NodeSelector), checkSelector("peerSelector", p.PeerSelector)); err != nil {
 		return err
+	}
+	for _, c := range p.Communities {
+		if err := checkCommunity("communities:", c); err != nil {
+			return err
+		}
 	}
 	switch p.SourceAddress {
 	case "":

@@ -33,6 +33,7 @@ var Kinds = []Kind{
 	{"Node", "nodes", nil, func() Spec { return &Node{} }},
 	{"BGPConfiguration", "bgpconfigurations", []string{"bgpconfig", "bgpconfigs"}, func() Spec { return &BGPConfiguration{} }},
 	{"BGPPeer", "bgppeers", nil, func() Spec { return &BGPPeer{} }},
+	{"BGPFilter", "bgpfilters", nil, func() Spec { return &BGPFilter{} }},
 }
 
 // FindKind finds a kind by its name, its plural or a short form, in any case.

@@ -138,10 +138,96 @@ func TestParse(t *testing.T) {
 	}
 }
 
+const calicoFilter = `apiVersion: projectcalico.org/v3
+kind: BGPFilter
+metadata: {name: f}
+spec:
+  exportV4:
+  - {action: Accept, matchOperator: In, cidr: 77.0.0.0/16, prefixLength: {min: 16, max: 24}, source: RemotePeers, peerType: eBGP}
+  - {action: Reject, matchOperator: NotEqual, cidr: 77.1.0.0/16}
+  importV4:
+  - {action: Reject, matchOperator: NotIn, cidr: 44.0.0.0/16, communities: {values: ["65001:100"]}}
+  exportV6:
+  - action: Accept
+    asPathPrefix: [65001, "1.10"]
+    operations: [{addCommunity: {value: "65001:1:2"}}, {prependASPath: {prefix: [65000, 65001]}}]
+  importV6:
+  - {action: Accept, matchOperator: Equal, cidr: "5000::/64"}
+  - {action: Reject}
+`
+
+func TestParseBGPFilter(t *testing.T) {
+	all, err := Parse([]byte(calicoFilter))
+	if err != nil || len(all) != 1 {
+		t.Fatalf("%+v, %v", all, err)
+	}
+	f := all[0].Spec.(*api.BGPFilter)
+	for _, test := range []struct {
+		rule      api.BGPFilterRule
+		low, high int
+	}{{f.ExportV4[0], 16, 24}, {f.ExportV4[1], 16, 16}, {f.ImportV4[0], 16, 32}, {f.ImportV6[0], 64, 64}} {
+		if low, high := test.rule.Lengths(); low != test.low || high != test.high {
+			t.Errorf("%s: %d to %d, want %d to %d", test.rule.CIDR, low, high, test.low, test.high)
+		}
+	}
+	for rule, want := range map[string]string{
+		"{}":                                       "exportV4[0]: invalid resource: action",
+		"{action: reject}":                         `action "reject"`,
+		"{action: Accept, cidr: 1.0.0.0/8}":        `matchOperator ""`,
+		"{action: Accept, matchOperator: In}":      "cidr is missing",
+		"{action: Accept, prefixLength: {min: 8}}": "cidr is missing",
+		"{action: Accept, matchOperator: In, cidr: '2001:db8::/32'}":                                   "other family",
+		"{action: Accept, matchOperator: In, cidr: 1.0.0.1/8}":                                         "write 1.0.0.0/8",
+		"{action: Accept, matchOperator: in, cidr: 1.0.0.0/8}":                                         `matchOperator "in"`,
+		"{action: Accept, matchOperator: Equal, cidr: 1.0.0.0/8, prefixLength: {max: 9}}":              "goes with matchOperator In",
+		"{action: Accept, matchOperator: In, cidr: 1.0.0.0/8, prefixLength: {max: 7}}":                 "8 to 7",
+		"{action: Accept, matchOperator: In, cidr: 1.0.0.0/8, prefixLength: {max: 33}}":                "8 to 33",
+		"{action: Accept, source: Local}":                                                              "RemotePeers",
+		"{action: Accept, peerType: ibgp}":                                                             "eBGP, iBGP",
+		"{action: Accept, interface: eth0}":                                                            "interface: not supported",
+		"{action: Accept, priority: 512}":                                                              "priority: not supported",
+		"{action: Accept, communities: {values: [a]}}":                                                 `communities.values "a"`,
+		"{action: Accept, communities: {values: ['65536:1']}}":                                         `"65536:1"`,
+		"{action: Accept, communities: {values: ['1:1', '1:2']}}":                                      "one is to be there",
+		"{action: Accept, operations: [{setPriority: {value: 512}}]}":                                  "operations[0]: setPriority: not supported",
+		"{action: Accept, operations: [{}]}":                                                           "one of addCommunity and prependASPath",
+		"{action: Accept, operations: [{addCommunity: {value: '1:1'}, prependASPath: {prefix: [1]}}]}": "one of addCommunity and prependASPath",
+		"{action: Accept, operations: [{prependASPath: {prefix: []}}]}":                                "is empty",
+		"{action: Accept, operations: [{prependASPath: {prefix: [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]}}]}": "more than 10",
+		"{action: Reject, operations: [{addCommunity: {value: '1:1'}}]}":                               "operations on what is rejected",
+		"{action: Accept, operator: In}":                                                               `unknown field "operator"`,
+	} {
+		text := "apiVersion: projectcalico.org/v3\nkind: BGPFilter\nmetadata: {name: f}\nspec: {exportV4: [" + rule + "]}"
+		if all, err := Parse([]byte(text)); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %+v, %v; want %q", rule, all, err, want)
+		}
+	}
+	const config = "apiVersion: projectcalico.org/v3\nkind: BGPConfiguration\nmetadata: {name: default}\nspec: "
+	all, err = Parse([]byte(config + "{communities: [{name: large, value: '63400:300:100'}], prefixAdvertisements: [{cidr: 172.218.4.0/26, communities: [large, '63400:120']}]}"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := all[0].Spec.(*api.BGPConfiguration).Advertised(); err != nil || fmt.Sprint(got) != "[{172.218.4.0/26 [63400:300:100 63400:120]}]" {
+		t.Errorf("%v, %v", got, err)
+	}
+	for spec, want := range map[string]string{
+		"{communities: [{name: a, value: b}]}":                                   `value "b"`,
+		"{communities: [{value: '1:1'}]}":                                        `name ""`,
+		"{communities: [{name: a, value: '1:1'}, {name: a, value: '1:2'}]}":      "it must be there once",
+		"{prefixAdvertisements: [{cidr: 10.0.0.0/8, communities: [a]}]}":         `community "a" has no value`,
+		"{prefixAdvertisements: [{cidr: 10.0.0.1/8, communities: []}]}":          "is no network",
+		"{prefixAdvertisements: [{cidr: 10.0.0.0/8, communities: ['1:2:3:4']}]}": `"1:2:3:4"`,
+	} {
+		if all, err := Parse([]byte(config + spec)); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %+v, %v; want %q", spec, all, err, want)
+		}
+	}
+}
+
 func FuzzParse(f *testing.F) {
 	for _, s := range []string{head + " {cidr: 10.1.0.0/16}", head + `{"cidr":"2001:db8::/64","blockSize":124,"disabled":true}`, "cidr: &a [*a]", "a: b: c", "items: []",
 		"apiVersion: projectcalico.org/v3\nkind: BGPPeer\nmetadata: {name: p}\nspec: {peerIP: 10.0.0.1, asNumber: 1.1, maxRestartTime: 5s}",
-		"apiVersion: projectcalico.org/v3\nkind: BGPConfiguration\nmetadata: {name: default}\nspec: {nodeToNodeMeshEnabled: false}"} {
+		"apiVersion: projectcalico.org/v3\nkind: BGPConfiguration\nmetadata: {name: default}\nspec: {nodeToNodeMeshEnabled: false}", calicoFilter} {
 		f.Add([]byte(s))
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {

@@ -6,10 +6,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/caracal-net/caracal/agent"
 	"github.com/caracal-net/caracal/tests/testenv"
 	"github.com/caracal-net/caracal/tools/lab"
 )
@@ -105,6 +107,112 @@ func TestForeignPeer(t *testing.T) {
 	if table := ctl(t, h, "", "node", "status"); !strings.Contains(table, "| global            | up    |") {
 		t.Errorf("%s", table)
 	}
+}
+
+const plainBIRD = `router id 192.0.2.254;
+protocol device {}
+protocol static { ipv4; route 172.20.0.0/16 blackhole; route 172.21.0.0/16 blackhole; }
+protocol bgp h1 {
+  local 192.0.2.254 as 64999;
+  neighbor 192.0.2.1 as 64512;
+  connect retry time 1; connect delay time 1; error wait time 1, 2;
+  ipv4 { import all; export where source = RTS_STATIC; next hop self; };
+}
+`
+
+const filter = `apiVersion: projectcalico.org/v3
+kind: BGPFilter
+metadata: {name: tor}
+spec:
+  exportV4: [{action: Reject, source: RemotePeers}]
+  importV4: [{action: Accept, matchOperator: Equal, cidr: 172.20.0.0/16}, {action: Reject}]
+`
+
+// TestBGPFilter: a peer whose filter is not there has no session; then its filter counts, a change of it too, without a
+// new session.
+func TestBGPFilter(t *testing.T) {
+	l := newHosts(t, 2)
+	h := l.Host(1)
+	birdc := startBIRD(t, l, plainBIRD)
+	own, others := h.Pools()[0], l.Host(2).Pools()[0]
+	route := func(p netip.Prefix, words ...string) bool {
+		out, err := birdc("show", "route", "in", p.String(), "all")
+		for _, w := range append(words, "via 192.0.2.1") {
+			if !strings.Contains(out, w) {
+				return false
+			}
+		}
+		return err == nil
+	}
+	learned := func(want ...string) bool {
+		routes, err := h.Exec(t.Context(), "ip", "route")
+		must(t, err)
+		for _, p := range []string{"172.20.0.0/16", "172.21.0.0/16"} {
+			if strings.Contains(routes, p+" via 192.0.2.254") != slices.Contains(want, p) {
+				return false
+			}
+		}
+		return true
+	}
+	check := func(what string, ok func() bool) {
+		t.Helper()
+		eventually(t, what, func() error {
+			if ok() {
+				return nil
+			}
+			out, err := birdc("show", "route")
+			s, _ := status(t, h)
+			return fmt.Errorf("%s %w, %+v", out, err, s)
+		})
+	}
+	since := func() (at time.Time) {
+		s, err := status(t, h)
+		must(t, err)
+		for _, p := range s.Peers {
+			if p.Address.String() == "192.0.2.254" && p.Info == "Established" {
+				at = p.Since
+			}
+		}
+		return at
+	}
+
+	out, err := h.Namespace().ExecInput(t.Context(), strings.Replace(tor, "asNumber: 64999", "asNumber: 64999, filters: [tor]", 1), "caracalctl", "apply", "-f", "-")
+	must(t, err)
+	if !strings.Contains(out, "BGPPeer tor created") {
+		t.Errorf("%s", out)
+	}
+	eventually(t, "the missing filter is said", func() error { return hasProblem(t, h, "bgp", "peer tor: there is no BGPFilter tor") })
+	is(t, h, "it has no such peer", func(s agent.Status) bool { return !slices.Contains(peersWith(s, false), "192.0.2.254") })
+	if s, err := status(t, h); err != nil || len(peersWith(s, true)) != 2 {
+		t.Errorf("the others' sessions: %+v, %v", s, err)
+	}
+
+	ctl(t, h, filter, "apply", "-f", "-")
+	check("the filter counts", func() bool { return route(own) && !route(others) && learned("172.20.0.0/16") })
+	begin := since()
+
+	ctl(t, h, strings.Replace(strings.Replace(filter, "{action: Reject, source: RemotePeers}", fmt.Sprintf("{action: Reject, matchOperator: In, cidr: %s}", own), 1), "172.20", "172.21", 1), "apply", "-f", "-")
+	check("the changed filter counts", func() bool { return !route(own) && route(others) && learned("172.21.0.0/16") })
+
+	ctl(t, h, `apiVersion: projectcalico.org/v3
+kind: BGPConfiguration
+metadata: {name: default}
+spec: {communities: [{name: pods, value: "65001:44"}], prefixAdvertisements: [{cidr: 10.244.0.0/16, communities: [pods]}]}
+---
+`+tor, "apply", "-f", "-")
+	check("no filter is named any more", func() bool {
+		return route(own, "(65001,44)") && route(others, "(65001,44)") && learned("172.20.0.0/16", "172.21.0.0/16")
+	})
+	if at := since(); at != begin || at.IsZero() {
+		t.Errorf("the session began at %s and at %s", begin, at)
+	}
+
+	// A filter that goes takes the session with it: it is never open.
+	ctl(t, h, strings.Replace(tor, "asNumber: 64999", "asNumber: 64999, filters: [tor]", 1), "apply", "-f", "-")
+	check("the filter counts again", func() bool { return !route(own) })
+	ctl(t, h, "", "delete", "bgpfilter", "tor")
+	check("the session ends", func() bool { return since().IsZero() && !route(own) && !route(others) && learned() })
+	eventually(t, "the missing filter is said", func() error { return hasProblem(t, h, "bgp", "peer tor: there is no BGPFilter tor") })
 }
 
 // TestManyRoutes learns 100,000 blocks from BIRD, loses them and learns them again, and logs what that costs.

@@ -42,12 +42,35 @@ before anything is written.`,
 					}
 					fmt.Fprintf(cmd.OutOrStdout(), "%s %s\n", r, done)
 				}
-				return nil
+				return warnFilters(cmd, s, all)
 			})
 		},
 	}
 	fileFlag(cmd, &file)
 	return cmd
+}
+
+// warnFilters warns of peers that name filters which are not there.
+func warnFilters(cmd *cobra.Command, s store.Store, all []api.Resource) error {
+	kind, err := api.FindKind("BGPFilter")
+	if err != nil {
+		return err
+	}
+	for _, r := range all {
+		p, ok := r.Spec.(*api.BGPPeer)
+		if !ok {
+			continue
+		}
+		for _, name := range p.Filters {
+			_, err := s.Get(cmd.Context(), agent.ResourceKey(kind, name))
+			if errors.Is(err, store.ErrNotFound) {
+				warn(cmd, "%s: there is no BGPFilter %s: without it there is no session", r, name)
+			} else if err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 func fileFlag(cmd *cobra.Command, file *string) {
