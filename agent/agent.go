@@ -172,12 +172,14 @@ func (a *Agent) reconcile(ctx context.Context) error {
 			errs = append(errs, fmt.Errorf("%s: %w", about, err))
 		}
 	}
-	self, err := a.register(ctx, v)
+	self, wrote, err := a.register(ctx, v)
 	part("node", err)
 	if err != nil {
 		return errors.Join(errs...)
 	}
-	v, _ = a.cluster.view() // with the labels that the node may just have got
+	if wrote {
+		v, _ = a.cluster.view() // by the labels that the node has now
+	}
 	own, err := a.claim(ctx, v)
 	part("blocks", err)
 	part("uplinks", a.attachUplinks(v, self))

@@ -196,13 +196,13 @@ func (a *Agent) named(v *view, self *api.Node, c configured) (all []configured) 
 	}
 	c.at, _ = c.Peer() // checked when it was read
 	c.asn = c.ASNumber
-	for name, n := range v.nodes {
+	if c.at.Addr() == self.BGP.IPv4Address.Addr() || c.at.Addr() == self.BGP.IPv6Address.Addr() {
+		return nil // every node's peer is one of the nodes: this one
+	}
+	for _, n := range v.nodes {
 		if v.is(n, c) {
-			if name == a.Node {
-				return nil // every node's peer is one of the nodes: this one
-			}
-			c.node = n
-			c.at = netip.AddrPortFrom(c.at.Addr(), uint16(v.bgp.ListenPort))
+			c.node, c.at = n, netip.AddrPortFrom(c.at.Addr(), uint16(v.bgp.ListenPort))
+			break
 		}
 	}
 	return []configured{c}

@@ -32,36 +32,39 @@ const instanceSetting = "agent/instance"
 // ErrName says that another host has this node's name or address.
 var ErrName = errors.New("another host has it")
 
-// register makes sure that this node's resource is in the store and says where it is, and returns it.
-func (a *Agent) register(ctx context.Context, v *view) (*api.Node, error) {
+// register makes sure that this node's resource is in the store and says where it is, and returns it. wrote: it is not what v
+// says of it.
+func (a *Agent) register(ctx context.Context, v *view) (self *api.Node, wrote bool, err error) {
 	instance, err := a.instance(ctx)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	ip4, ip6, err := a.addresses()
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	for name, n := range v.nodes {
 		if name == a.Node || n.BGP == nil {
 			continue
 		}
 		if ip4.IsValid() && n.BGP.IPv4Address.Addr() == ip4.Addr() || ip6.IsValid() && n.BGP.IPv6Address.Addr() == ip6.Addr() {
-			return nil, fmt.Errorf("address %s: %w: node %s; give one of them another, or remove that node (caracalctl delete node %s)", ip4.Addr(), ErrName, name, name)
+			return nil, false, fmt.Errorf("address %s: %w: node %s; give one of them another, or remove that node (caracalctl delete node %s)", ip4.Addr(), ErrName, name, name)
 		}
 	}
 	key := "/nodes/" + a.Node
 	kv, exists := a.cluster.get(key)
 	meta := api.Metadata{Name: a.Node}
-	self := &api.Node{}
+	self = &api.Node{}
 	if exists {
-		if v.nodes[a.Node] == nil {
-			return nil, fmt.Errorf("its resource in the store can't be read; mend or remove it (caracalctl delete node %s)", a.Node)
+		var r api.Resource // of this revision, which v may be behind
+		err := json.Unmarshal(kv.Value, &r)
+		spec, ok := r.Spec.(*api.Node)
+		if err != nil || !ok {
+			return nil, false, fmt.Errorf("its resource in the store can't be read; mend or remove it (caracalctl delete node %s)", a.Node)
 		}
-		meta = v.meta[a.Node]
-		*self = *v.nodes[a.Node]
+		meta, self = r.Metadata, spec
 		if was := meta.Annotations[InstanceAnnotation]; was != "" && was != instance {
-			return nil, fmt.Errorf("name %s: %w (instance %s, this is %s); give this host another name (--node-name), or if that host is gone for good, remove it (caracalctl delete node %s)", a.Node, ErrName, was, instance, a.Node)
+			return nil, false, fmt.Errorf("name %s: %w (instance %s, this is %s); give this host another name (--node-name), or if that host is gone for good, remove it (caracalctl delete node %s)", a.Node, ErrName, was, instance, a.Node)
 		}
 	}
 	b := api.NodeBGP{}
@@ -72,21 +75,21 @@ func (a *Agent) register(ctx context.Context, v *view) (*api.Node, error) {
 	labels, annotations := a.label(meta)
 	annotations[InstanceAnnotation] = instance
 	if exists && maps.Equal(labels, meta.Labels) && maps.Equal(annotations, meta.Annotations) && self.BGP != nil && *self.BGP == b {
-		return self, nil
+		return self, false, nil
 	}
 	self.BGP, meta.Labels, meta.Annotations = &b, labels, annotations
 	kind, _ := api.FindKind("Node")
 	text, err := json.Marshal(api.Resource{Kind: kind, Metadata: meta, Spec: self})
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	revision, err := a.put(ctx, key, text, kv, exists)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	a.cluster.wrote(store.KV{Key: key, Value: text, Revision: revision})
 	a.Log.Info("registered", "node", a.Node, "ipv4", ip4, "ipv6", ip6)
-	return self, nil
+	return self, true, nil
 }
 
 // label returns what the node's labels and annotations are to be.

@@ -35,7 +35,7 @@ while it is away. Called as caracalctl it is the operator's tool.
 Where the store is: ETCD_ENDPOINTS and the other variables of calicoctl, or a file shaped like calicoctl.cfg; with
 neither the store is a file of this machine alone.`,
 		Example: `  caracald
-  ETCD_ENDPOINTS=http://10.0.0.1:2379 caracald --node-name h1
+  ETCD_ENDPOINTS=http://10.0.0.1:2379 caracald --node-name h1 --label rack=1
   caracald -c /etc/calico/calicoctl.cfg --ip 10.0.0.1/24 --uplink 'eth*'`,
 		Args:          cobra.NoArgs,
 		SilenceUsage:  true,

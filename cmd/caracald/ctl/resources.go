@@ -146,7 +146,8 @@ func newGetCommand(g *globals) *cobra.Command {
 		Use:   "get KIND [NAME]",
 		Short: "List resources",
 		Example: `  caracalctl get ippools
-  caracalctl get node h1 -o yaml`,
+  caracalctl get node h1 -o yaml
+  caracalctl get bgpfilters`,
 		Args: cobra.RangeArgs(1, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			kind, err := api.FindKind(args[0])
@@ -202,6 +203,7 @@ func newDeleteCommand(g *globals) *cobra.Command {
 		Long: `delete removes resources from the store. With a node go the blocks that it has claimed, which other nodes may then claim:
 delete a node only when its host is gone for good, because pods that still run there would share their addresses.`,
 		Example: `  caracalctl delete node h3
+  caracalctl delete bgppeer tor
   caracalctl delete -f peers.yaml`,
 		Args: cobra.MaximumNArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
