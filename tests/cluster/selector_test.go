@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/caracal-net/caracal/agent"
+	"github.com/caracal-net/caracal/bgp"
 	"github.com/caracal-net/caracal/tests/testenv"
 	"github.com/caracal-net/caracal/tools/lab"
 )
@@ -109,6 +110,17 @@ func TestRouteReflector(t *testing.T) {
 	must(t, rr.Signal(ctx, "caracald", unix.SIGKILL))
 	must(t, rr.StartAgent(ctx))
 	whole()
+	// By its address: all have it as a peer, and it them.
+	ctl(t, rr, fmt.Sprintf("apiVersion: projectcalico.org/v3\nkind: BGPPeer\nmetadata: {name: h1}\nspec: {peerIP: %s, asNumber: 64512}\n", rr.Addr()), "apply", "-f", "-")
+	ctl(t, rr, "", "delete", "bgppeer", "peer-with-route-reflectors")
+	is(t, rr, "peers with both by IPv4", func(s agent.Status) bool {
+		return same(peersWith(s, true), []string{two.Addr().String(), three.Addr().String()}) && len(s.Peers) == 2
+	})
+	for _, h := range []*lab.Host{two, three} {
+		is(t, h, "peers with the reflector by IPv4", func(s agent.Status) bool {
+			return same(peersWith(s, true), []string{rr.Addr().String()}) && len(s.Peers) == 1 && s.Peers[0].Kind == bgp.Global && s.Written == 2
+		})
+	}
 	if node := ctl(t, rr, "", "get", "node", "h1", "-o", "yaml"); !strings.Contains(node, "route-reflector: \"\"") || !strings.Contains(node, "routeReflectorClusterID: 244.0.0.1") {
 		t.Errorf("%s", node)
 	}
