@@ -192,9 +192,10 @@ func TestNodeSelectors(t *testing.T) {
 	eventually(t, "pods get rack 1's addresses", func() error {
 		p, err := one.AddPod(ctx, "a", lab.PodOptions{})
 		must(t, err)
-		defer p.Delete(ctx)
-		if !rack1.Contains(p.Addr()) {
-			return fmt.Errorf("%s", p.Addr())
+		addr := p.Addr()
+		must(t, p.Delete(ctx))
+		if !rack1.Contains(addr) {
+			return fmt.Errorf("%s", addr)
 		}
 		return nil
 	})
