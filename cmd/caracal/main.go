@@ -1,5 +1,11 @@
 // Command caracal is the CNI plugin. As caracal-ipam (or calico-ipam) it is the IPAM plugin for other main plugins; as
 // calico it is itself.
+//
+// At its start the Go runtime would read the process's cgroup and all mounts of the machine, to learn how many processors it
+// may use. One thread does all the work here.
+//
+//go:debug containermaxprocs=0
+//go:debug updatemaxprocs=0
 package main
 
 import (
