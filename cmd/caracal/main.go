@@ -42,6 +42,7 @@ func main() {
 	if len(os.Args) > 1 {
 		os.Exit(background(os.Args[1], os.Args[2:]))
 	}
+	growStack()
 	// The process lives for milliseconds: collecting garbage would cost more than it frees.
 	debug.SetGCPercent(-1)
 	debug.SetMemoryLimit(128 << 20)
@@ -56,6 +57,15 @@ func main() {
 		os.Exit(p.IPAMMain(ctx))
 	}
 	os.Exit(p.Main(ctx))
+}
+
+// growStack makes the stack as large as a command will need it, while there is next to nothing on it: the runtime would
+// double it step by step and each time walk and copy what it holds by then.
+//
+//go:noinline
+func growStack() byte {
+	var frame [12 << 10]byte
+	return frame[len(os.Args)]
 }
 
 // background runs what the plugin starts beside the runtime.
