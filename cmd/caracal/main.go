@@ -2,10 +2,11 @@
 // calico it is itself.
 //
 // At its start the Go runtime would read the process's cgroup and all mounts of the machine, to learn how many processors it
-// may use. One thread does all the work here.
+// may use, though one thread does all the work here; and it would give each piece of its memory a name for /proc/self/maps.
 //
 //go:debug containermaxprocs=0
 //go:debug updatemaxprocs=0
+//go:debug decoratemappings=0
 package main
 
 import (
