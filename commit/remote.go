@@ -79,21 +79,19 @@ func putAll(m *maps.Maps, routes map[netip.Prefix]maps.Route) error {
 	return nil
 }
 
-// PutRemote writes one route to other nodes and raises the epoch if that changed it. ErrOwn, ErrNotRemote, maps.ErrFull:
-// nothing was changed.
+// PutRemote writes one route to other nodes, and raises the epoch if that changes where any packet goes. ErrOwn,
+// ErrNotRemote, maps.ErrFull: nothing was changed.
 func PutRemote(m *maps.Maps, r maps.Route) error {
 	r, err := normal(r)
 	if err != nil {
 		return err
 	}
 	got, err := m.Route(r.Prefix)
-	switch {
-	case errors.Is(err, maps.ErrNotFound):
-	case err != nil:
+	if err != nil && !errors.Is(err, maps.ErrNotFound) {
 		return err
-	case isRemote(got.Kind), got.Kind == maps.RouteStack:
-	default: // it covers the prefix or is the prefix's own
-		own, err := exact(m, r.Prefix)
+	}
+	if err == nil {
+		own, err := isOwn(m, got)
 		if err != nil {
 			return err
 		}
@@ -101,17 +99,34 @@ func PutRemote(m *maps.Maps, r maps.Route) error {
 			return fmt.Errorf("route %s: %w", r.Prefix, ErrOwn)
 		}
 	}
-	if got == r {
-		// A wider prefix may have given this answer, and may go.
-		if same, err := exact(m, r.Prefix); err != nil || same {
-			return err
-		}
-	}
 	if err := m.PutRoute(r); err != nil {
 		return err
 	}
+	if got == r {
+		return nil // it was there, or what covers it says the same
+	}
 	_, err = m.RaiseEpoch()
 	return err
+}
+
+// isOwn tells whether what Route has found for a prefix is the node's own route of just that prefix. A lookup answers with
+// whatever covers the prefix; but only single addresses are of the host or of pods, and no block lies in another.
+func isOwn(m *maps.Maps, got maps.Route) (bool, error) {
+	switch got.Kind {
+	case maps.RouteHost, maps.RouteLocalPod:
+		return true, nil
+	case maps.RouteBlackhole:
+		wider, err := got.Prefix.Addr().Prefix(got.Prefix.Bits() - 1)
+		if err != nil {
+			return true, nil // a block of all addresses
+		}
+		around, err := m.Route(wider)
+		if errors.Is(err, maps.ErrNotFound) {
+			return true, nil
+		}
+		return around.Kind != maps.RouteBlackhole, err
+	}
+	return false, nil
 }
 
 // RemoveRemote removes the route to other nodes of exactly this prefix, and raises the epoch if there was one. What this
@@ -129,20 +144,6 @@ func RemoveRemote(m *maps.Maps, p netip.Prefix) error {
 	}
 	_, err = m.RaiseEpoch()
 	return err
-}
-
-// exact tells whether the map has a route of exactly this prefix, which takes a walk over all of them.
-func exact(m *maps.Maps, p netip.Prefix) (bool, error) {
-	routes, err := m.Routes()
-	if err != nil {
-		return false, err
-	}
-	for _, r := range routes {
-		if r.Prefix == p {
-			return true, nil
-		}
-	}
-	return false, nil
 }
 
 // normal checks a route to other nodes and returns it as the map would.

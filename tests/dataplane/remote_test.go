@@ -75,6 +75,7 @@ func TestRemoteRoutes(t *testing.T) {
 	}
 	two, six := remoteRoute("10.65.2.0/26", "198.51.100.2"), remoteRoute("2001:db8:0:2::/122", "fe80::2")
 	three := remoteRoute("10.65.3.0/26", "198.51.100.3")
+	wide := remoteRoute("10.65.0.0/25", "198.51.100.2")
 	pool := maps.Route{Prefix: netip.MustParsePrefix("10.65.0.0/16"), Kind: maps.RoutePool}
 
 	raises(0, nil, set())
@@ -100,13 +101,21 @@ func TestRemoteRoutes(t *testing.T) {
 	raises(1, nil, put(remoteRoute("10.65.0.60/32", "198.51.100.2"))) // an address of the block that another node has borrowed
 	raises(1, nil, remove("10.65.0.60/32"))
 
+	raises(1, nil, put(remoteRoute("10.65.0.32/27", "198.51.100.2"))) // half of the block
+	raises(1, nil, remove("10.65.0.32/27"))
+	node(own, netip.MustParsePrefix("10.65.0.64/26")) // its neighbour in the tree
+	raises(0, commit.ErrOwn, put(remoteRoute("10.65.0.64/26", "198.51.100.2")))
+	raises(1, nil, set(two, wide))
+	raises(0, commit.ErrOwn, put(remoteRoute("10.65.0.0/26", "198.51.100.2")))
+	raises(1, nil, set(two))
+
 	// One by one.
 	raises(0, nil, put(two))
 	raises(1, nil, put(moved))
 	raises(1, nil, put(wider)) // covers moved and says the same
 	raises(1, nil, remove("10.65.2.0/26"))
 	want("remote 10.65.2.0/23 198.51.100.3")
-	raises(1, nil, put(moved)) // the same as what covers it
+	raises(0, nil, put(moved)) // the same as what covers it
 	want("remote 10.65.2.0/23 198.51.100.3", "remote 10.65.2.0/26 198.51.100.3")
 	raises(0, nil, put(moved))
 	raises(0, nil, remove("10.99.0.0/16"))
