@@ -13,8 +13,12 @@ import (
 	"github.com/caracal-net/caracal/node"
 )
 
-// ErrAddressTaken says that another pod of this node holds an address.
-var ErrAddressTaken = errors.New("address is held by another pod")
+var (
+	// ErrAddressTaken says that another pod of this node holds an address.
+	ErrAddressTaken = errors.New("address is held by another pod")
+	// ErrInUse says that a pod of this node has an address of a block.
+	ErrInUse = errors.New("block is in use")
+)
 
 // Pod is one attachment as the dataplane sees it.
 type Pod struct {
@@ -121,34 +125,65 @@ func CheckPod(m *maps.Maps, p Pod) error {
 	return nil
 }
 
-// SetNode makes the routes of the node itself (its own addresses; its blocks as blackholes) equal to what is given,
-// and raises the epoch if that changed any. Routes that are no longer wanted are looked for only when one is missing,
-// because that takes a walk over all routes.
+// SetNode makes the routes of the node itself (its own addresses; its blocks as blackholes, none of which overlap) equal to
+// what is given, and raises the epoch if that changed any. Routes that are no longer wanted are looked for only when one is
+// missing, because that takes a walk over all routes; see RemoveBlock.
 func SetNode(m *maps.Maps, host []netip.Addr, blocks []netip.Prefix) error {
-	wanted := make(map[netip.Prefix]maps.RouteKind)
+	wanted := blackholes(blocks)
 	for _, a := range host {
 		wanted[single(a)] = maps.RouteHost
 	}
-	for _, b := range blocks {
-		if !b.IsSingleIP() { // such a block's route is its pod's
-			wanted[b.Masked()] = maps.RouteBlackhole
-		}
-	}
-	missing := false
-	for p, kind := range wanted {
-		r, err := m.Route(p)
-		missing = missing || err != nil || r.Kind != kind
-	}
-	if !missing {
+	if has(m, wanted) {
 		return nil
 	}
 	return replaceNode(m, wanted)
 }
 
 // HasBlocks tells whether the blocks are among the node's routes.
-func HasBlocks(m *maps.Maps, blocks []netip.Prefix) bool {
+func HasBlocks(m *maps.Maps, blocks []netip.Prefix) bool { return has(m, blackholes(blocks)) }
+
+// RemoveBlock removes the route of a block that this node gives up, and raises the epoch if there was one. ErrInUse when a
+// pod has an address of it; then nothing was changed.
+func RemoveBlock(m *maps.Maps, block netip.Prefix) error {
+	routes, err := m.Routes()
+	if err != nil {
+		return err
+	}
+	there := false
+	for _, r := range routes {
+		switch r.Kind {
+		case maps.RouteLocalPod:
+			if block.Contains(r.Prefix.Addr()) {
+				return fmt.Errorf("block %s: %w: %s is that of a pod behind interface %d, of which node.db knows nothing; restart it", block, ErrInUse, r.Prefix.Addr(), r.IfIndex)
+			}
+		case maps.RouteBlackhole:
+			there = there || r.Prefix == block.Masked()
+		}
+	}
+	if !there {
+		return nil
+	}
+	if err := m.RemoveRoute(block.Masked()); err != nil {
+		return err
+	}
+	_, err = m.RaiseEpoch()
+	return err
+}
+
+// blackholes are the routes of the node's blocks.
+func blackholes(blocks []netip.Prefix) map[netip.Prefix]maps.RouteKind {
+	wanted := make(map[netip.Prefix]maps.RouteKind)
 	for _, b := range blocks {
-		if r, err := m.Route(b.Masked()); !b.IsSingleIP() && (err != nil || r.Kind != maps.RouteBlackhole) {
+		if !b.IsSingleIP() { // such a block's route is its pod's
+			wanted[b.Masked()] = maps.RouteBlackhole
+		}
+	}
+	return wanted
+}
+
+func has(m *maps.Maps, wanted map[netip.Prefix]maps.RouteKind) bool {
+	for p, kind := range wanted {
+		if r, err := m.Route(p); err != nil || r.Kind != kind {
 			return false
 		}
 	}

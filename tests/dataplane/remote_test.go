@@ -109,6 +109,14 @@ func TestRemoteRoutes(t *testing.T) {
 	raises(0, commit.ErrOwn, put(remoteRoute("10.65.0.0/26", "198.51.100.2")))
 	raises(1, nil, set(two))
 
+	// A block that is given up can be another node's then.
+	raises(0, commit.ErrInUse, func() error { return commit.RemoveBlock(n.maps, own) })
+	raises(1, nil, func() error { return commit.RemoveBlock(n.maps, netip.MustParsePrefix("10.65.0.64/26")) })
+	raises(0, nil, func() error { return commit.RemoveBlock(n.maps, netip.MustParsePrefix("10.65.0.64/26")) })
+	raises(1, nil, put(remoteRoute("10.65.0.64/26", "198.51.100.2")))
+	raises(1, nil, remove("10.65.0.64/26"))
+	want("remote 10.65.2.0/26 198.51.100.2")
+
 	// One by one.
 	raises(0, nil, put(two))
 	raises(1, nil, put(moved))
