@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/caracal-net/caracal/cni"
+	"github.com/caracal-net/caracal/internal/fault"
 )
 
 const usage = `caracal is a CNI plugin: a container runtime calls it, with parameters in the environment
@@ -53,7 +54,7 @@ func main() {
 		os.Exit(1)
 	}
 	ctx := context.Background() // a signal ends us as SIGKILL does, and DEL removes what that leaves
-	p := &cni.Plugin{Getenv: os.Getenv, Stdin: os.Stdin, Stdout: stdout, Stderr: os.Stderr, Step: step, Spawn: spawn}
+	p := &cni.Plugin{Getenv: os.Getenv, Stdin: os.Stdin, Stdout: stdout, Stderr: os.Stderr, Step: fault.Step, Spawn: spawn}
 	if strings.HasSuffix(filepath.Base(os.Args[0]), "-ipam") {
 		os.Exit(p.IPAMMain(ctx))
 	}

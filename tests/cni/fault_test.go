@@ -1,9 +1,10 @@
 package cni
 
 import (
-	"os"
 	"path/filepath"
 	"testing"
+
+	"github.com/caracal-net/caracal/tests/testenv"
 )
 
 var (
@@ -15,12 +16,7 @@ var (
 // should.
 func TestFaults(t *testing.T) {
 	h := newHost(t)
-	bin, err := faulty()
-	if bin != "" {
-		t.Cleanup(func() { os.RemoveAll(filepath.Dir(bin)) })
-	}
-	must(t, err)
-	h.bin = bin
+	h.bin = testenv.Faulty(t, "caracal")
 	other := h.pod().add()
 	for _, command := range []string{"ADD", "DEL"} {
 		steps := addSteps

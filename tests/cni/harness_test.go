@@ -13,7 +13,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -414,22 +413,3 @@ func must(t testing.TB, err error) {
 		t.Fatal(err)
 	}
 }
-
-// faulty is the plugin built with fault injection.
-var faulty = sync.OnceValues(func() (string, error) {
-	root, err := testenv.Root()
-	if err != nil {
-		return "", err
-	}
-	dir, err := os.MkdirTemp("", "caracal-faults-*")
-	if err != nil {
-		return "", err
-	}
-	cmd := exec.Command("go", "build", "-tags", "faults", "-o", dir+"/caracal", "./cmd/caracal")
-	cmd.Dir, cmd.Env = root, append(os.Environ(), "CGO_ENABLED=0")
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		err = fmt.Errorf("%w: %s", err, out)
-	}
-	return dir + "/caracal", err
-})

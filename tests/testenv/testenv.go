@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -72,25 +73,54 @@ func build() (string, error) {
 		return filepath.Abs(dir)
 	}
 	if scratch == "" {
-		return "", errors.New("no TestMain in this package calls testenv.Main")
+		return "", errNoMain
 	}
+	return scratch, goBuild(scratch, "./cmd/...")
+}
+
+var errNoMain = errors.New("no TestMain in this package calls testenv.Main")
+
+// Faulty returns the path of one of our binaries as Bin does, built so that CARACAL_FAULT fails it at a step (see
+// internal/fault).
+func Faulty(t testing.TB, name string) string {
+	t.Helper()
+	dir, err := buildFaulty()
+	if err != nil {
+		t.Fatalf("build binaries: %v", err)
+	}
+	return filepath.Join(dir, name)
+}
+
+var buildFaulty = sync.OnceValues(func() (string, error) {
+	if scratch == "" {
+		return "", errNoMain
+	}
+	dir := filepath.Join(scratch, "faulty")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return "", err
+	}
+	return dir, goBuild(dir, "-tags", "faults", "./cmd/...")
+})
+
+// goBuild builds into a directory, and gives the binaries their second names.
+func goBuild(dir string, what ...string) error {
 	root, err := Root()
 	if err != nil {
-		return "", err
+		return err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "go", "build", "-o", scratch+"/", "./cmd/...")
+	cmd := exec.CommandContext(ctx, "go", append([]string{"build", "-o", dir + "/"}, what...)...)
 	cmd.Dir, cmd.Env = root, append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("go build ./cmd/...: %w\n%s", err, out)
+		return fmt.Errorf("go build %s: %w\n%s", strings.Join(what, " "), err, out)
 	}
 	for alias, target := range aliases {
-		if err := os.Symlink(target, filepath.Join(scratch, alias)); err != nil && !errors.Is(err, os.ErrExist) {
-			return "", err
+		if err := os.Symlink(target, filepath.Join(dir, alias)); err != nil && !errors.Is(err, os.ErrExist) {
+			return err
 		}
 	}
-	return scratch, nil
+	return nil
 }
 
 // Root is the directory of the module, found from the working directory, which for a test is its package's.

@@ -1,6 +1,7 @@
 //go:build faults
 
-package main
+// Package fault fails a program at a step of its work, for tests: only in binaries that are built for it (-tags faults).
+package fault
 
 import (
 	"fmt"
@@ -10,8 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// step fails or dies at the step that CARACAL_FAULT names: "veth:error", "veth:kill".
-func step(name string) error {
+// Step fails or dies at the step that CARACAL_FAULT names: "veth:error", "veth:kill".
+func Step(name string) error {
 	at, how, _ := strings.Cut(os.Getenv("CARACAL_FAULT"), ":")
 	if at != name {
 		return nil
