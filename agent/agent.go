@@ -38,6 +38,8 @@ type Config struct {
 	NATPorts   maps.Ports        // that masqueraded flows leave from; zero: cni.MasqueradePorts
 
 	Log *slog.Logger
+
+	Step func(name string) error // injects faults; nil: none
 }
 
 const (
@@ -57,8 +59,9 @@ type Agent struct {
 	speaker *bgp.Speaker
 	spoken  bgp.Config // the speaker's
 	routes  *routes
-	mark    string         // this host's own, see instance
-	uplinks map[string]int // name -> ifindex, as attached
+	mark    string                     // this host's own, see instance
+	uplinks map[string]int             // name -> ifindex, as attached
+	idle    map[netip.Prefix]time.Time // since when a block has had no pod
 
 	wake chan struct{}
 
@@ -180,12 +183,19 @@ func (a *Agent) reconcile(ctx context.Context) error {
 	if wrote {
 		v, _ = a.cluster.view() // by the labels that the node has now
 	}
-	own, err := a.claim(ctx, v)
+	own, surplus, err := a.claim(ctx, v)
 	part("blocks", err)
 	part("uplinks", a.attachUplinks(v, self))
-	part("node routes", a.setNode())
+	unrouted := a.setNode()
+	part("node routes", unrouted)
 	part("masquerade", a.masquerade(ctx, v, self))
-	part("bgp", a.peer(ctx, v, self, own))
+	if own != nil { // else what an earlier agent announced stays
+		withdrawn := a.peer(ctx, v, self, own)
+		part("bgp", withdrawn)
+		if unrouted == nil && withdrawn == nil {
+			part("surplus blocks", a.release(ctx, surplus))
+		}
+	}
 	part("routes", a.routes.sync(v.pools))
 	a.mu.Lock()
 	a.ready = len(errs) == 0
@@ -230,6 +240,13 @@ func (a *Agent) watchLocal(ctx context.Context) {
 			return
 		}
 	}
+}
+
+func (a *Agent) step(name string) error {
+	if a.Step == nil {
+		return nil
+	}
+	return a.Step(name)
 }
 
 func (a *Agent) nodeOptions() node.Options { return node.Options{BootIDFile: a.BootIDFile} }

@@ -7,54 +7,46 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"time"
 
 	"github.com/caracal-net/caracal/api"
+	"github.com/caracal-net/caracal/commit"
 	"github.com/caracal-net/caracal/ipam"
 	"github.com/caracal-net/caracal/node"
 	"github.com/caracal-net/caracal/store"
 )
 
+// surplusAfter is for how long a block must have been without pods before it is given up: pods come and go, and an address
+// that one has just let go of is not to be another's at once.
+const surplusAfter = 30 * time.Second
+
 // claim gives this node the blocks that it needs, before it needs them: as long as less than half a block's addresses are
-// free in a pool, another is claimed in the store and recorded in node.db, where ADD finds it. It returns the blocks that
-// the store says are this node's.
-func (a *Agent) claim(ctx context.Context, v *view) ([]netip.Prefix, error) {
-	here, err := a.recorded(ctx)
+// free in a pool, another is claimed in the store and recorded in node.db, where ADD finds it. What it does not need any
+// more it takes out of node.db, and returns as surplus, to be released when nothing of this node speaks of it.
+//
+// own are the blocks that are to be announced; nil when node.db can't be read and they are not known.
+func (a *Agent) claim(ctx context.Context, v *view) (own []netip.Prefix, surplus []Claim, err error) {
+	here, err := a.local(ctx)
 	if err != nil {
-		return nil, err
+		return a.own, nil, err // as announced
 	}
 	var errs []error
-	var own []Block
-	for _, b := range v.blocks {
-		if b.Node == a.Node {
-			own = append(own, b)
+	note := func(err error) { errs = append(errs, err) }
+	mine := a.mine(ctx, v, here, note)
+	surplus = a.surplus(v.usable, mine, here)
+	mine = slices.DeleteFunc(mine, func(c Claim) bool {
+		if slices.Contains(surplus, c) {
+			return true
 		}
-	}
-	// What pods of this node use and nobody has claimed is this node's: it was alone before.
-	for _, b := range here {
-		if slices.ContainsFunc(own, func(o Block) bool { return o.CIDR == b.CIDR }) || b.Used == 0 {
-			continue
+		if here.has(c.CIDR) {
+			return false
 		}
-		claim := Block{b.CIDR, b.Pool, a.Node}
-		switch other, taken := v.blocks[b.CIDR]; {
-		case !slices.ContainsFunc(v.pools, func(p api.IPPool) bool { return p.CIDR == b.Pool }):
-			errs = append(errs, fmt.Errorf("block %s has addresses of pods, but its pool %s is none of the cluster's; apply it, or restart these pods", b.CIDR, b.Pool))
-		case taken:
-			errs = append(errs, fmt.Errorf("block %s has addresses of pods here, but belongs to node %s; restart the pods on it", b.CIDR, other.Node))
-		default:
-			if err := a.claimOne(ctx, claim); err != nil {
-				errs = append(errs, err)
-				continue
-			}
-			own = append(own, claim)
-		}
-	}
-	free := make(map[netip.Prefix]int) // addresses, by pool
-	for _, o := range own {
-		free[o.Pool] += node.Block{CIDR: o.CIDR}.Size()
-	}
-	for _, b := range here {
-		free[b.Pool] -= b.Used
-	}
+		// It was claimed, or was to be released, when an agent ended. That it is this node's may not be so any more.
+		err := a.claimOne(ctx, c.Block)
+		note(err)
+		return err != nil
+	})
+	free := here.free(mine)
 	for _, p := range v.usable {
 		size := 1 << (p.CIDR.Addr().BitLen() - p.BlockSize)
 		if p.Disabled || free[p.CIDR]*2 >= size {
@@ -62,45 +54,208 @@ func (a *Agent) claim(ctx context.Context, v *view) ([]netip.Prefix, error) {
 		}
 		b, err := a.claimNext(ctx, v, p)
 		if err != nil {
+			note(err)
+			continue
+		}
+		mine = append(mine, Claim{Block: b})
+	}
+	if len(surplus) > 0 {
+		if err := a.step("forget"); err != nil {
+			return a.own, nil, err
+		}
+	}
+	now, err := a.record(ctx, here, v.usable, mine)
+	note(err)
+	if len(surplus) > 0 {
+		note(a.step("withdraw"))
+	}
+	own = make([]netip.Prefix, 0, len(mine))
+	for _, c := range mine {
+		if now.has(c.CIDR) {
+			own = append(own, c.CIDR)
+		}
+	}
+	surplus = slices.DeleteFunc(surplus, func(c Claim) bool {
+		still := now.has(c.CIDR) // a pod was given an address of it meanwhile, or it could not be written
+		if still {
+			own = append(own, c.CIDR)
+		}
+		return still
+	})
+	slices.SortFunc(own, func(x, y netip.Prefix) int { return x.Addr().Compare(y.Addr()) })
+	return own, surplus, errors.Join(errs...)
+}
+
+// mine are the claims of this node, by address. What its pods use and nobody has claimed is claimed: it was alone before.
+func (a *Agent) mine(ctx context.Context, v *view, here local, note func(error)) []Claim {
+	var mine []Claim
+	for _, c := range v.blocks {
+		if c.Node == a.Node {
+			mine = append(mine, c)
+		}
+	}
+	for _, b := range here.blocks {
+		other, taken := v.blocks[b.CIDR]
+		if b.Used == 0 || taken && other.Node == a.Node {
+			continue
+		}
+		switch {
+		case !slices.ContainsFunc(v.pools, func(p api.IPPool) bool { return p.CIDR == b.Pool }):
+			note(fmt.Errorf("block %s has addresses of pods, but its pool %s is none of the cluster's; apply it, or restart these pods", b.CIDR, b.Pool))
+		case taken:
+			note(fmt.Errorf("block %s has addresses of pods here, but belongs to node %s; restart the pods on it", b.CIDR, other.Node))
+		default:
+			c := Claim{Block: Block{b.CIDR, b.Pool, a.Node}}
+			if err := a.claimOne(ctx, c.Block); err != nil {
+				note(err)
+				continue
+			}
+			mine = append(mine, c)
+		}
+	}
+	slices.SortFunc(mine, func(x, y Claim) int { return x.CIDR.Addr().Compare(y.CIDR.Addr()) })
+	return mine
+}
+
+// surplus are the claims that this node can do without: they have had no pod for a while, and without them a whole block's
+// addresses stay free in their pool, twice as many as make it claim another; or the pool is disabled or gone. What node.db
+// does not know any more goes first, then the highest address.
+func (a *Agent) surplus(pools []api.IPPool, mine []Claim, here local) []Claim {
+	now, idle := time.Now(), make(map[netip.Prefix]time.Time)
+	free := here.free(mine)
+	var all []Claim
+	for _, recorded := range []bool{false, true} {
+		for _, c := range slices.Backward(mine) {
+			if here.has(c.CIDR) != recorded || here.used(c.CIDR) > 0 {
+				continue
+			}
+			since, ok := a.idle[c.CIDR]
+			if !ok {
+				since = now
+			}
+			idle[c.CIDR] = since
+			size := node.Block{CIDR: c.CIDR}.Size()
+			wanted := slices.ContainsFunc(pools, func(p api.IPPool) bool { return p.CIDR == c.Pool && !p.Disabled })
+			if wanted && free[c.Pool] < 2*size || recorded && now.Sub(since) < surplusAfter {
+				continue
+			}
+			free[c.Pool] -= size
+			all = append(all, c)
+		}
+	}
+	a.idle = idle
+	return all
+}
+
+// release gives back what claim took out of node.db, and what is neither in the kernel's tables nor announced any more.
+// Only the very claim that was looked at is deleted. When it can't be told whether that happened nothing is lost: the block
+// is not in node.db, and comes back there only after its claim was written anew, which a late deletion does not survive.
+func (a *Agent) release(ctx context.Context, surplus []Claim) error {
+	var errs []error
+	for _, c := range surplus {
+		if err := a.step("release"); err != nil {
+			return err
+		}
+		key := BlockKey(c.CIDR)
+		if err := a.store.Delete(ctx, key, c.Revision); err != nil && !errors.Is(err, store.ErrNotFound) {
 			errs = append(errs, err)
 			continue
 		}
-		own = append(own, b)
+		a.cluster.deleted(key, c.Revision)
+		a.Log.Info("released", "block", c.CIDR)
+		if err := a.step("released"); err != nil {
+			return err
+		}
 	}
-	if err := a.record(ctx, v.usable, own); err != nil {
-		return nil, errors.Join(append(errs, err)...)
-	}
-	prefixes := make([]netip.Prefix, 0, len(own))
-	for _, o := range own {
-		prefixes = append(prefixes, o.CIDR)
-	}
-	slices.SortFunc(prefixes, func(x, y netip.Prefix) int { return x.Addr().Compare(y.Addr()) })
-	return prefixes, errors.Join(errs...)
+	return errors.Join(errs...)
 }
 
-// recorded are the blocks in node.db, read beside ADDs and DELs: instance has opened it for writing before, and so released
-// what an earlier boot left.
-func (a *Agent) recorded(ctx context.Context) (blocks []node.Block, err error) {
+// local is what node.db says of this node's blocks.
+type local struct {
+	blocks []node.Block
+	pools  []api.IPPool // the cluster's; nil: none were recorded yet
+}
+
+func (l local) has(cidr netip.Prefix) bool {
+	return slices.ContainsFunc(l.blocks, func(b node.Block) bool { return b.CIDR == cidr })
+}
+
+// used is how many of a block's addresses are held.
+func (l local) used(cidr netip.Prefix) int {
+	for _, b := range l.blocks {
+		if b.CIDR == cidr {
+			return b.Used
+		}
+	}
+	return 0
+}
+
+// free are the addresses of this node's claims that nobody holds, by pool.
+func (l local) free(mine []Claim) map[netip.Prefix]int {
+	free := make(map[netip.Prefix]int)
+	for _, c := range mine {
+		free[c.Pool] += node.Block{CIDR: c.CIDR}.Size()
+	}
+	for _, b := range l.blocks {
+		free[b.Pool] -= b.Used
+	}
+	return free
+}
+
+// differs tells which claims are not recorded, and which recorded blocks without pods are no claims.
+func (l local) differs(mine []Claim) (missing []Claim, extra []node.Block) {
+	for _, c := range mine {
+		if !l.has(c.CIDR) {
+			missing = append(missing, c)
+		}
+	}
+	for _, b := range l.blocks {
+		if b.Used == 0 && !slices.ContainsFunc(mine, func(c Claim) bool { return c.CIDR == b.CIDR }) {
+			extra = append(extra, b)
+		}
+	}
+	return missing, extra
+}
+
+// local reads node.db beside ADDs and DELs: instance has opened it for writing before, and so released what an earlier boot
+// left.
+func (a *Agent) local(ctx context.Context) (l local, err error) {
 	db, err := node.OpenReadOnly(ctx, a.StateDir, a.nodeOptions())
 	if errors.Is(err, node.ErrNoDatabase) {
-		return nil, nil // somebody removed it; record makes it again
+		return local{}, nil // somebody removed it; record makes it again
 	}
 	if err != nil {
-		return nil, err
+		return local{}, err
 	}
 	defer db.Close()
-	return blocks, db.View(func(tx *node.Tx) (err error) { blocks, err = tx.Blocks(); return err })
+	err = db.View(func(tx *node.Tx) error { return l.read(tx) })
+	return l, err
 }
 
-// claimOne claims a block, or finds that it has it already.
+func (l *local) read(tx *node.Tx) (err error) {
+	if l.blocks, err = tx.Blocks(); err == nil {
+		l.pools, _, err = ipam.ClusterPools(tx)
+	}
+	return err
+}
+
+// recorded are the blocks in node.db.
+func (a *Agent) recorded(ctx context.Context) ([]node.Block, error) {
+	l, err := a.local(ctx)
+	return l.blocks, err
+}
+
+// claimOne claims a block. One that the store says is this node's already is claimed anew: what an earlier attempt to
+// release it may still bring about must not find it as it was.
 func (a *Agent) claimOne(ctx context.Context, b Block) error {
 	text, err := json.Marshal(b)
 	if err != nil {
 		return err
 	}
-	revision, err := a.store.Create(ctx, BlockKey(b.CIDR), text)
+	key := BlockKey(b.CIDR)
+	revision, err := a.store.Create(ctx, key, text)
 	if errors.Is(err, store.ErrExists) {
-		kv, gerr := a.store.Get(ctx, BlockKey(b.CIDR))
+		kv, gerr := a.store.Get(ctx, key)
 		if gerr != nil {
 			return gerr
 		}
@@ -108,12 +263,12 @@ func (a *Agent) claimOne(ctx context.Context, b Block) error {
 		if json.Unmarshal(kv.Value, &there) != nil || there != b {
 			return err
 		}
-		text, revision, err = kv.Value, kv.Revision, nil
+		revision, err = a.store.Update(ctx, key, text, kv.Revision)
 	}
 	if err != nil {
 		return err
 	}
-	a.cluster.wrote(store.KV{Key: BlockKey(b.CIDR), Value: text, Revision: revision})
+	a.cluster.wrote(store.KV{Key: key, Value: text, Revision: revision})
 	a.Log.Info("claimed", "block", b.CIDR)
 	return nil
 }
@@ -134,52 +289,58 @@ func (a *Agent) claimNext(ctx context.Context, v *view, p api.IPPool) (Block, er
 	return Block{}, fmt.Errorf("pool %s: %w: every block has a node; add a pool, or remove nodes that are gone (caracalctl ipam show --show-blocks)", p.CIDR, ipam.ErrExhausted)
 }
 
-// record makes node.db say what the store says: the pools, and the blocks of this node. A block that pods use is kept.
-func (a *Agent) record(ctx context.Context, pools []api.IPPool, own []Block) error {
+// record makes node.db, which says was, say what the store says: the pools, and the blocks of this node. A block that pods
+// use is kept. It returns what node.db says then. When there is nothing to write it is not opened for writing, and keeps no
+// ADD waiting.
+func (a *Agent) record(ctx context.Context, was local, pools []api.IPPool, mine []Claim) (now local, err error) {
 	if pools == nil {
 		pools = []api.IPPool{}
 	}
+	if missing, extra := was.differs(mine); len(missing)+len(extra) == 0 && samePools(was.pools, pools) {
+		return was, nil
+	}
+	lock, err := node.LockNode(ctx, a.StateDir) // before the database, as ADD does
+	if err != nil {
+		return was, err
+	}
+	defer lock.Unlock()
 	db, err := node.Open(ctx, a.StateDir, a.nodeOptions())
 	if err != nil {
-		return err
+		return was, err
 	}
 	defer db.Close()
-	errSame := errors.New("nothing to write")
+	var inUse []error
 	err = db.Update(func(tx *node.Tx) error {
-		blocks, err := tx.Blocks()
-		if err != nil {
+		if err := now.read(tx); err != nil {
 			return err
 		}
-		changed := false
-		for _, b := range blocks {
-			if b.Used == 0 && !slices.ContainsFunc(own, func(o Block) bool { return o.CIDR == b.CIDR }) {
-				changed = true
-				if err := tx.DeleteBlock(b.CIDR); err != nil {
-					return err
-				}
+		missing, extra := now.differs(mine)
+		for _, b := range extra {
+			// The maps first: what a crash leaves is then a block that node.db has, and setNode puts back.
+			if err := commit.RemoveBlock(a.maps, b.CIDR); errors.Is(err, commit.ErrInUse) {
+				inUse = append(inUse, err)
+				continue
+			} else if err != nil {
+				return err
+			}
+			if err := tx.DeleteBlock(b.CIDR); err != nil {
+				return err
 			}
 		}
-		for _, o := range own {
-			if !slices.ContainsFunc(blocks, func(b node.Block) bool { return b.CIDR == o.CIDR }) {
-				changed = true
-				if err := tx.PutBlock(node.Block{CIDR: o.CIDR, Pool: o.Pool}); err != nil {
-					return err
-				}
+		for _, c := range missing {
+			if err := tx.PutBlock(node.Block{CIDR: c.CIDR, Pool: c.Pool}); err != nil {
+				return err
 			}
 		}
-		old, in, err := ipam.ClusterPools(tx)
-		if err != nil {
+		if err := ipam.SetClusterPools(tx, pools); err != nil {
 			return err
 		}
-		if !changed && in && samePools(old, pools) {
-			return errSame
-		}
-		return ipam.SetClusterPools(tx, pools)
+		return now.read(tx)
 	})
-	if errors.Is(err, errSame) {
-		return nil
+	if err != nil {
+		return was, err
 	}
-	return err
+	return now, errors.Join(inUse...)
 }
 
 func samePools(a, b []api.IPPool) bool {

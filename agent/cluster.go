@@ -46,7 +46,7 @@ type view struct {
 	peers   map[string]*api.BGPPeer // that this node has
 	others  map[string]*api.BGPPeer // that other nodes have: they may name this one as theirs
 	filters map[string]*api.BGPFilter
-	blocks  map[netip.Prefix]Block
+	blocks  map[netip.Prefix]Claim
 }
 
 // cluster follows the store and keeps the last that it said.
@@ -108,9 +108,11 @@ func (c *cluster) watch(ctx context.Context, wait *time.Duration) error {
 		}
 		*wait = retryFrom
 		c.mu.Lock()
-		if e.Deleted {
+		switch {
+		case e.Revision < c.kvs[e.Key].Revision: // older than what this agent has written since
+		case e.Deleted:
 			delete(c.kvs, e.Key)
-		} else {
+		default:
 			c.kvs[e.Key] = e.KV
 		}
 		c.mu.Unlock()
@@ -124,6 +126,15 @@ func (c *cluster) wrote(kv store.KV) {
 	defer c.mu.Unlock()
 	if old, ok := c.kvs[kv.Key]; !ok || old.Revision < kv.Revision {
 		c.kvs[kv.Key] = kv
+	}
+}
+
+// deleted notes that this agent deleted a key that was at a revision, or found it gone.
+func (c *cluster) deleted(key string, was store.Revision) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.kvs[key].Revision <= was {
+		delete(c.kvs, key)
 	}
 }
 
@@ -144,7 +155,7 @@ func (c *cluster) view() (*view, bool) {
 	}
 	v := &view{
 		nodes: make(map[string]*api.Node), meta: make(map[string]api.Metadata),
-		peers: make(map[string]*api.BGPPeer), others: make(map[string]*api.BGPPeer), filters: make(map[string]*api.BGPFilter), blocks: make(map[netip.Prefix]Block),
+		peers: make(map[string]*api.BGPPeer), others: make(map[string]*api.BGPPeer), filters: make(map[string]*api.BGPFilter), blocks: make(map[netip.Prefix]Claim),
 	}
 	v.bgp.Complete("default")
 	var bad []string
@@ -171,7 +182,7 @@ func (v *view) take(kv store.KV, self string) error {
 		if BlockKey(b.CIDR) != blocksPrefix+name || b.Node == "" || !b.Pool.Overlaps(b.CIDR) {
 			return fmt.Errorf("%w: it says %+v", api.ErrInvalid, b)
 		}
-		v.blocks[b.CIDR] = b
+		v.blocks[b.CIDR] = Claim{b, kv.Revision}
 		return nil
 	}
 	var r api.Resource

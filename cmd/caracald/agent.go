@@ -16,12 +16,13 @@ import (
 	"github.com/caracal-net/caracal/api/selector"
 	"github.com/caracal-net/caracal/cmd/caracald/ctl"
 	"github.com/caracal-net/caracal/cni"
+	"github.com/caracal-net/caracal/internal/fault"
 	"github.com/caracal-net/caracal/maps"
 )
 
 // runAgent runs the node's agent until ctx ends.
 func runAgent(ctx context.Context, args []string) int {
-	c := agent.Config{}
+	c := agent.Config{Step: fault.Step}
 	var config, level string
 	var ip4, ip6, ports string
 	var labels []string

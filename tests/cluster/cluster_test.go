@@ -40,9 +40,15 @@ spec: {cidr: "2001:db8:244::/64"}
 // newCluster starts hosts with etcd, pools and agents, and waits until every host has its blocks and its sessions.
 func newCluster(t *testing.T, hosts int) *lab.Lab {
 	t.Helper()
+	return newClusterOf(t, hosts, pools, testenv.Bin)
+}
+
+// newClusterOf is newCluster with other pools, and with binaries that bin builds.
+func newClusterOf(t *testing.T, hosts int, pools string, bin func(testing.TB, string) string) *lab.Lab {
+	t.Helper()
 	testenv.NeedRoot(t)
 	testenv.NeedProgram(t, "etcd", "etcd-server")
-	l := lab.New(t, lab.Config{Hosts: hosts, Outside: true, Cluster: true, Caracal: testenv.Bin(t, "caracal")})
+	l := lab.New(t, lab.Config{Hosts: hosts, Outside: true, Cluster: true, Caracal: bin(t, "caracal")})
 	ctx := t.Context()
 	must(t, l.StartEtcd(ctx))
 	ctl(t, l.Host(1), pools, "apply", "-f", "-")
@@ -128,7 +134,7 @@ func must(t *testing.T, err error) {
 
 func eventually(t *testing.T, what string, fn func() error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	for {
 		err := fn()
