@@ -51,7 +51,8 @@ type Store struct {
 	close context.CancelFunc
 
 	client chan *clientv3.Client // the one, nil before it is made; who uses it puts it back
-	heard  atomic.Int64          // when the cluster last did something for us, in Unix nanoseconds
+	born   time.Time             // when it was opened
+	heard  atomic.Int64          // when the cluster last did something for us: ns after born, which no change of the clock moves
 }
 
 var _ store.Store = (*Store)(nil)
@@ -69,7 +70,7 @@ func Open(cfg Config) (*Store, error) {
 	if cfg.Username == "" && cfg.Password != "" || cfg.Username != "" && cfg.Password == "" {
 		return nil, fmt.Errorf("%w: user name and password of etcd come together", store.ErrInvalid)
 	}
-	s := &Store{cfg: cfg, space: space, timeout: cfg.Timeout, client: make(chan *clientv3.Client, 1)}
+	s := &Store{cfg: cfg, space: space, timeout: cfg.Timeout, born: time.Now(), client: make(chan *clientv3.Client, 1)}
 	if s.timeout == 0 {
 		s.timeout = 5 * time.Second
 	}
@@ -196,7 +197,7 @@ func (s *Store) do(ctx context.Context, fn func(context.Context, *clientv3.Clien
 			err = fn(bounded, c)
 		}
 		if err == nil {
-			s.heard.Store(time.Now().UnixNano())
+			s.heard.Store(int64(time.Since(s.born)))
 			return nil
 		}
 		if bounded.Err() == nil || last == nil {

@@ -132,7 +132,7 @@ func (w *watch) nextEvent(ctx context.Context) (store.Event, error) {
 			}
 		case <-quiet.C:
 			// The library goes on looking for a member for ever. Nobody else hearing from the cluster either, ask it.
-			if time.Since(time.Unix(0, w.store.heard.Load())) >= w.store.timeout {
+			if time.Since(w.store.born)-time.Duration(w.store.heard.Load()) >= w.store.timeout {
 				_, err := w.store.current(ctx, w.prefix)
 				if err != nil && ctx.Err() == nil {
 					w.sure = time.Now()
