@@ -118,8 +118,8 @@ func (a *Agent) mine(ctx context.Context, v *view, here local, note func(error))
 }
 
 // surplus are the claims that this node can do without: they have had no pod for a while, and without them a whole block's
-// addresses stay free in their pool, twice as many as make it claim another; or the pool is disabled or gone. What node.db
-// does not know any more goes first, then the highest address.
+// addresses stay free in their pool, twice as many as make it claim another; or the pool is disabled or gone, or has blocks
+// of another size now. What node.db does not know any more goes first, then the highest address.
 func (a *Agent) surplus(pools []api.IPPool, mine []Claim, here local) []Claim {
 	now, idle := time.Now(), make(map[netip.Prefix]time.Time)
 	free := here.free(mine)
@@ -135,7 +135,7 @@ func (a *Agent) surplus(pools []api.IPPool, mine []Claim, here local) []Claim {
 			}
 			idle[c.CIDR] = since
 			size := node.Block{CIDR: c.CIDR}.Size()
-			wanted := slices.ContainsFunc(pools, func(p api.IPPool) bool { return p.CIDR == c.Pool && !p.Disabled })
+			wanted := slices.ContainsFunc(pools, func(p api.IPPool) bool { return p.CIDR == c.Pool && p.BlockSize == c.CIDR.Bits() && !p.Disabled })
 			if wanted && free[c.Pool] < 2*size || recorded && now.Sub(since) < surplusAfter {
 				continue
 			}
@@ -273,10 +273,20 @@ func (a *Agent) claimOne(ctx context.Context, b Block) error {
 	return nil
 }
 
-// claimNext claims a pool's first block that nobody has.
+// claimNext claims a pool's first block that nobody has any part of: blocks of another size are there when the pool's block
+// size was changed.
 func (a *Agent) claimNext(ctx context.Context, v *view, p api.IPPool) (Block, error) {
+	taken := make(map[netip.Prefix]bool)
+	var wider []netip.Prefix
+	for cidr := range v.blocks {
+		if cidr.Bits() < p.BlockSize {
+			wider = append(wider, cidr)
+		} else {
+			taken[netip.PrefixFrom(cidr.Addr(), p.BlockSize).Masked()] = true
+		}
+	}
 	for cidr := range ipam.Blocks(p) {
-		if _, taken := v.blocks[cidr]; taken {
+		if taken[cidr] || slices.ContainsFunc(wider, cidr.Overlaps) {
 			continue
 		}
 		b := Block{cidr, p.CIDR, a.Node}

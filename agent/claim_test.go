@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/caracal-net/caracal/api"
+	"github.com/caracal-net/caracal/ipam"
 	"github.com/caracal-net/caracal/node"
 	"github.com/caracal-net/caracal/store"
 	"github.com/caracal-net/caracal/store/bolt"
@@ -59,6 +60,7 @@ func TestClaimAnew(t *testing.T) {
 func TestSurplus(t *testing.T) {
 	pool := api.IPPool{CIDR: netip.MustParsePrefix("10.244.0.0/16"), BlockSize: 26}
 	disabled := api.IPPool{CIDR: netip.MustParsePrefix("10.245.0.0/16"), BlockSize: 26, Disabled: true}
+	resized := api.IPPool{CIDR: pool.CIDR, BlockSize: 28}
 	cidr := func(i int) netip.Prefix {
 		return netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 244, 0, byte(i * 64)}), 26)
 	}
@@ -81,6 +83,7 @@ func TestSurplus(t *testing.T) {
 		{"three empty blocks", []int{0, 0, 0}, pool, long, []int{2, 1}},
 		{"half given up before", []int{-1, 0}, pool, time.Now(), []int{0}},
 		{"half given up before, and wanted", []int{-1, 40}, pool, time.Now(), nil},
+		{"blocks of another size", []int{1, 0}, resized, long, []int{1}},
 		{"a disabled pool", []int{0, 1}, disabled, long, []int{0}},
 		{"a disabled pool, not for long", []int{0, 1}, disabled, time.Now(), nil},
 	} {
@@ -104,8 +107,35 @@ func TestSurplus(t *testing.T) {
 			t.Errorf("%s: blocks %v are surplus, want %v", test.name, got, test.want)
 		}
 		left := slices.DeleteFunc(mine, func(c Claim) bool { return slices.Contains(got, int(c.CIDR.Addr().As4()[3])/64) })
-		if free := here.free(left)[test.pool.CIDR]; len(got) > 0 && !test.pool.Disabled && free < 64 {
+		if free := here.free(left)[test.pool.CIDR]; len(got) > 0 && test.pool.BlockSize == 26 && !test.pool.Disabled && free < 64 {
 			t.Errorf("%s: %d addresses stay free", test.name, free)
 		}
+	}
+}
+
+// TestBlockSizeChanged: no block is claimed that has addresses of another's, whatever its size is.
+func TestBlockSizeChanged(t *testing.T) {
+	s, err := bolt.Open(t.TempDir(), bolt.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	a := &Agent{Config: Config{Node: "h1", Log: slog.New(slog.DiscardHandler)}, store: s}
+	a.cluster = newCluster(a)
+	pool := api.IPPool{CIDR: netip.MustParsePrefix("10.244.0.0/27"), BlockSize: 30}
+	v := &view{blocks: make(map[netip.Prefix]Claim)}
+	for _, b := range []string{"10.244.0.0/29", "10.244.0.10/31", "10.244.0.12/30", "10.244.0.17/32"} {
+		v.blocks[netip.MustParsePrefix(b)] = Claim{}
+	}
+	for _, want := range []string{"10.244.0.20/30", "10.244.0.24/30", "10.244.0.28/30", ""} {
+		b, err := a.claimNext(t.Context(), v, pool)
+		if want == "" {
+			if !errors.Is(err, ipam.ErrExhausted) {
+				t.Errorf("claimed %s, %v", b.CIDR, err)
+			}
+		} else if err != nil || b.CIDR.String() != want {
+			t.Errorf("claimed %s, %v; want %s", b.CIDR, err, want)
+		}
+		v.blocks[b.CIDR] = Claim{Block: b}
 	}
 }

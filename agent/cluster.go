@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/caracal-net/caracal/api"
+	"github.com/caracal-net/caracal/node"
 	"github.com/caracal-net/caracal/store"
 )
 
@@ -29,6 +30,12 @@ type Block struct {
 	CIDR netip.Prefix `json:"cidr"`
 	Pool netip.Prefix `json:"pool"`
 	Node string       `json:"node"`
+}
+
+// valid: a part of its pool that node.db takes.
+func (b Block) valid() bool {
+	return b.CIDR.IsValid() && b.CIDR == b.CIDR.Masked() && b.Pool.Overlaps(b.CIDR) && b.Pool.Bits() <= b.CIDR.Bits() &&
+		b.CIDR.Addr().BitLen()-b.CIDR.Bits() <= node.MaxBlockBits
 }
 
 // BlockKey is where a block's claim lies in the store.
@@ -179,7 +186,7 @@ func (v *view) take(kv store.KV, self string) error {
 		if err := api.Strict(kv.Value, &b); err != nil {
 			return err
 		}
-		if BlockKey(b.CIDR) != blocksPrefix+name || b.Node == "" || !b.Pool.Overlaps(b.CIDR) {
+		if BlockKey(b.CIDR) != blocksPrefix+name || b.Node == "" || !b.valid() {
 			return fmt.Errorf("%w: it says %+v", api.ErrInvalid, b)
 		}
 		v.blocks[b.CIDR] = Claim{b, kv.Revision}

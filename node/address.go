@@ -17,6 +17,9 @@ type Block struct {
 	Used int          `json:"used"` // addresses held now
 }
 
+// MaxBlockBits is how many of its addresses' bits a block may leave open.
+const MaxBlockBits = 16
+
 // Size is how many addresses the block has.
 func (b Block) Size() int { return 1 << (b.CIDR.Addr().BitLen() - b.CIDR.Bits()) }
 
@@ -52,7 +55,7 @@ func (tx *Tx) Block(cidr netip.Prefix) (Block, error) {
 
 // check makes sure that a record can be counted with.
 func (b Block) check(name string) error {
-	if !b.CIDR.IsValid() || b.CIDR != b.CIDR.Masked() || b.CIDR.String() != name || b.CIDR.Addr().BitLen()-b.CIDR.Bits() > 16 ||
+	if !b.CIDR.IsValid() || b.CIDR != b.CIDR.Masked() || b.CIDR.String() != name || b.CIDR.Addr().BitLen()-b.CIDR.Bits() > MaxBlockBits ||
 		b.Next < 0 || b.Next > b.Size() {
 		return invalid("block %s is recorded as %+v", name, b)
 	}
