@@ -47,8 +47,10 @@ func (a *Agent) register(ctx context.Context, v *view) (self *api.Node, wrote bo
 		if name == a.Node || n.BGP == nil {
 			continue
 		}
-		if ip4.IsValid() && n.BGP.IPv4Address.Addr() == ip4.Addr() || ip6.IsValid() && n.BGP.IPv6Address.Addr() == ip6.Addr() {
-			return nil, false, fmt.Errorf("address %s: %w: node %s; give one of them another, or remove that node (caracalctl delete node %s)", ip4.Addr(), ErrName, name, name)
+		for _, pair := range [][2]netip.Prefix{{ip4, n.BGP.IPv4Address}, {ip6, n.BGP.IPv6Address}} {
+			if ours := pair[0].Addr(); ours.IsValid() && ours == pair[1].Addr() {
+				return nil, false, fmt.Errorf("address %s: %w: node %s; give one of them another, or remove that node (caracalctl delete node %s)", ours, ErrName, name, name)
+			}
 		}
 	}
 	key := "/nodes/" + a.Node
