@@ -31,10 +31,10 @@ func use(db *DB) error {
 			tx.Freed(func(netip.Addr) error { return nil }),
 			tx.Settings("", func(string, string) error { return nil }))
 	})
-	if err != nil || db.bolt.IsReadOnly() {
+	if err != nil {
 		return err
 	}
-	return db.Update(func(tx *Tx) error {
+	err = db.Update(func(tx *Tx) error {
 		if _, err := tx.Release(key(1)); err != nil {
 			return err
 		}
@@ -60,6 +60,10 @@ func use(db *DB) error {
 		}
 		return tx.Hold(key(500), a, blocks[0].CIDR)
 	})
+	if errors.Is(err, ErrReadOnly) { // it was opened for reading
+		return nil
+	}
+	return err
 }
 
 // damaged opens a file that may be broken, in both ways, and uses it. What is refused must be refused as corrupt and

@@ -9,14 +9,12 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
-	"runtime/debug"
 	"strings"
 	"time"
 
 	"go.etcd.io/bbolt"
-	bolterrors "go.etcd.io/bbolt/errors"
-	"golang.org/x/sys/unix"
+
+	"github.com/caracal-net/caracal/internal/boltfile"
 )
 
 // SchemaVersion is the version of the database's layout.
@@ -80,12 +78,10 @@ func (o Options) BootID() (string, error) {
 
 // DB is an open node database. Close it soon: others wait.
 type DB struct {
-	bolt   *bbolt.DB
-	file   *os.File // the library's
-	path   string
-	turn   *Lock // whose turn it is to open the file: the library would poll for that every 50 ms
-	torn   bool  // the last transaction may be missing
-	broken bool  // the library gave up in the middle of something and may hold its own locks
+	file *boltfile.File
+	path string
+	turn *Lock // whose turn it is to open the file: the library would poll for that every 50 ms
+	torn bool  // the last transaction may be missing
 }
 
 // Open opens <dir>/node.db for writing and creates it (and dir) when it is not there. When the machine was booted
@@ -105,7 +101,7 @@ func Open(ctx context.Context, dir string, opts Options) (*DB, error) {
 		return nil, err
 	}
 	wait := opts.wait(ctx)
-	turn, err := lockFile(ctx, path+".lock", unix.LOCK_EX, wait)
+	turn, err := lockFile(ctx, path+".lock", true, wait)
 	if err != nil {
 		return nil, err
 	}
@@ -139,7 +135,7 @@ func openFenced(path, boot string, turn *Lock, wait time.Duration) (*DB, error) 
 		return nil, err
 	}
 	if err := db.fence(boot); err != nil {
-		return nil, errors.Join(err, db.closeFile())
+		return nil, errors.Join(err, classify(path, db.file.Close()))
 	}
 	return db, nil
 }
@@ -162,7 +158,7 @@ func OpenReadOnly(ctx context.Context, dir string, opts Options) (*DB, error) {
 		queue = path // a copy that nobody writes
 	}
 	wait := opts.wait(ctx)
-	turn, err := lockFile(ctx, queue, unix.LOCK_SH, wait)
+	turn, err := lockFile(ctx, queue, false, wait)
 	if err != nil {
 		return nil, err
 	}
@@ -206,35 +202,16 @@ func Changed(dir string) (time.Time, error) {
 // out in the transaction after it would be given out again.
 var errTorn = invalid("half of its head is broken, its last transaction may be missing")
 
-// create makes a database aside and moves it into its place, so that there never is half of one.
+// create makes a database.
 func create(path, boot string) error {
-	aside := path + ".new"
-	if err := os.RemoveAll(aside); err != nil {
-		return err
-	}
-	defer os.Remove(aside)
-	bolt, err := bbolt.Open(aside, 0o600, nil)
-	if err != nil {
-		return err
-	}
-	err = bolt.Update(func(tx *bbolt.Tx) error {
+	return boltfile.Create(path, func(tx *bbolt.Tx) error {
 		for _, b := range buckets {
 			if _, err := tx.CreateBucket(b); err != nil {
 				return err
 			}
 		}
 		return (&Tx{bolt: tx}).stamp(boot)
-	})
-	if err := errors.Join(err, bolt.Close()); err != nil {
-		return err
-	}
-	if err := writeBoot(filepath.Dir(path), boot); err != nil {
-		return err
-	}
-	if err := os.Rename(aside, path); err != nil {
-		return err
-	}
-	return syncDir(filepath.Dir(path))
+	}, func() error { return writeBoot(filepath.Dir(path), boot) })
 }
 
 // writeBoot notes, on disk, which boot a database is written in, before it is.
@@ -251,152 +228,45 @@ func writeBoot(dir, boot string) error {
 	if err := os.Rename(path+".new", path); err != nil {
 		return err
 	}
-	return syncDir(dir)
-}
-
-func syncDir(path string) error {
-	dir, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	return dir.Sync()
+	return boltfile.SyncDir(dir)
 }
 
 // open opens an existing file. turn goes over to the database, unless there is an error.
 func open(path string, turn *Lock, wait time.Duration, readOnly bool) (*DB, error) {
 	db := &DB{path: path, turn: turn}
-	err := guarded(func() (err error) {
-		db.bolt, err = bbolt.Open(path, 0o600, &bbolt.Options{
-			Timeout:      wait,
-			ReadOnly:     readOnly,
-			FreelistType: bbolt.FreelistArrayType, // kept in the file: to rebuild it every page would be read again
-			NoSync:       true,
-			OpenFile:     db.openFile,
-		})
-		return err
-	}, nil)
+	var err error
+	db.file, err = boltfile.Open(path, boltfile.Options{
+		Timeout: wait, ReadOnly: readOnly, NoSync: true,
+		Check: func(f *os.File) (err error) {
+			db.torn, err = verify(f)
+			return err
+		},
+	})
 	if err != nil {
-		db.abandon()
 		return nil, classify(path, err)
 	}
 	return db, nil
 }
 
-// openFile hands the library a file that it can trust.
-func (db *DB) openFile(path string, flag int, _ os.FileMode) (*os.File, error) {
-	// Not blocking: it may be a pipe.
-	f, err := os.OpenFile(path, flag&^os.O_CREATE|unix.O_NONBLOCK, 0)
-	if errors.Is(err, unix.EISDIR) {
-		return nil, invalid("not a file but a directory")
-	}
-	if err != nil {
-		return nil, err
-	}
-	if db.torn, err = verify(f); err != nil {
-		f.Close()
-		return nil, err
-	}
-	db.file = f
-	return f, nil
-}
-
 // Close closes the database.
 func (db *DB) Close() error {
 	defer db.turn.Unlock()
-	return db.closeFile()
-}
-
-func (db *DB) closeFile() error {
-	if db.broken {
-		return db.abandon()
-	}
-	if err := db.bolt.Close(); err != nil {
-		return classify(db.path, err)
-	}
-	return nil
-}
-
-// abandon lets go of a file that the library can't close any more. Its mapped memory stays, and would keep the lock with
-// it. It does nothing where the library has closed the file.
-func (db *DB) abandon() error {
-	if db.file == nil {
-		return nil
-	}
-	err := flock(db.file, unix.LOCK_UN)
-	if errors.Is(err, unix.EBADF) {
-		return nil
-	}
-	return errors.Join(err, db.file.Close())
+	return classify(db.path, db.file.Close())
 }
 
 // Update runs fn in one transaction that outlives this process when Update returns nil. An error of fn changes nothing and
 // is returned as it is.
-func (db *DB) Update(fn func(*Tx) error) error { return db.run(db.bolt.Update, fn) }
+func (db *DB) Update(fn func(*Tx) error) error { return db.run(true, fn) }
 
 // View runs fn on a consistent view.
-func (db *DB) View(fn func(*Tx) error) error { return db.run(db.bolt.View, fn) }
+func (db *DB) View(fn func(*Tx) error) error { return db.run(false, fn) }
 
-func (db *DB) run(begin func(func(*bbolt.Tx) error) error, fn func(*Tx) error) error {
-	if db.broken {
-		return classify(db.path, invalid("it broke in an earlier transaction"))
-	}
-	var own error
-	inside := false
-	db.broken = true // until proven otherwise
-	err := guarded(func() error {
-		err := begin(func(tx *bbolt.Tx) error {
-			inside = true
-			own = fn(&Tx{bolt: tx})
-			inside = false
-			return own
-		})
-		db.broken = false
-		return err
-	}, &inside)
-	if err != nil && own != nil && !errors.Is(own, bolterrors.ErrInvalid) {
+func (db *DB) run(write bool, fn func(*Tx) error) error {
+	own, err := db.file.Run(write, func(tx *bbolt.Tx) error { return fn(&Tx{bolt: tx}) })
+	if own != nil {
 		return own
 	}
 	return classify(db.path, err)
-}
-
-// guarded runs fn and turns what the library does about a file that it can't read (it panics, or faults where the disk
-// fails under mapped memory) into ErrInvalid, which classify names ErrCorrupt. A panic of the caller's own is none of
-// that: inside, if not nil, tells when the caller's code runs, and may be what calls the library.
-func guarded(fn func() error, inside *bool) (err error) {
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer func() {
-		r := recover()
-		if r == nil {
-			return
-		}
-		if _, fault := r.(interface{ Addr() uintptr }); !fault && inside != nil && *inside && !byLibrary() {
-			panic(r)
-		}
-		err = invalid("%v", r)
-	}()
-	return fn()
-}
-
-// byLibrary tells, while a panic is being recovered from, whether the library's code panicked.
-func byLibrary() bool {
-	pcs := make([]uintptr, 64)
-	frames := runtime.CallersFrames(pcs[:runtime.Callers(1, pcs)])
-	for panicked := false; ; {
-		f, more := frames.Next()
-		module, _, _ := strings.Cut(f.Function, "/")
-		switch {
-		case f.Function == "runtime.gopanic":
-			panicked = true
-		case panicked && strings.HasPrefix(f.Function, "go.etcd.io/bbolt"):
-			return true
-		case panicked && strings.HasPrefix(f.Function, "main."), panicked && module != f.Function && strings.Contains(module, "."):
-			return false // neither the library's nor the standard library's
-		}
-		if !more {
-			return false
-		}
-	}
 }
 
 // fence releases what belongs to earlier boots. Only then does it write.

@@ -10,6 +10,8 @@ import (
 	"go.etcd.io/bbolt"
 	bolterrors "go.etcd.io/bbolt/errors"
 	"golang.org/x/sys/unix"
+
+	"github.com/caracal-net/caracal/internal/boltfile"
 )
 
 var (
@@ -37,20 +39,15 @@ func classify(path string, err error) error {
 		return nil
 	case errors.Is(err, bolterrors.ErrTimeout):
 		return fmt.Errorf("%s: %w%s", path, ErrLocked, holder(path))
-	case errors.Is(err, bolterrors.ErrInvalid), errors.Is(err, bolterrors.ErrChecksum), errors.Is(err, bolterrors.ErrVersionMismatch):
+	case boltfile.IsCorrupt(err):
 		return fmt.Errorf("%s: %w (%w)", path, ErrCorrupt, err)
-	case is(err, unix.ENOSPC), is(err, unix.EDQUOT):
+	case boltfile.IsErrno(err, unix.ENOSPC), boltfile.IsErrno(err, unix.EDQUOT):
 		return fmt.Errorf("%s: %w (%w)", path, ErrNoSpace, err)
 	case errors.Is(err, unix.EROFS), errors.Is(err, unix.ENOTDIR), errors.Is(err, fs.ErrPermission),
 		errors.Is(err, bbolt.ErrDatabaseReadOnly):
 		return fmt.Errorf("%s: %w (%w)", path, ErrReadOnly, err)
 	}
 	return fmt.Errorf("%s: %w", path, err)
-}
-
-// is finds a system error also where the library kept only its text.
-func is(err error, errno unix.Errno) bool {
-	return errors.Is(err, errno) || strings.Contains(err.Error(), errno.Error())
 }
 
 // holder names the process that locks path, as far as /proc/locks tells.

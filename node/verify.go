@@ -7,8 +7,9 @@ import (
 	"hash/fnv"
 	"os"
 
-	bolterrors "go.etcd.io/bbolt/errors"
 	"golang.org/x/sys/unix"
+
+	"github.com/caracal-net/caracal/internal/boltfile"
 )
 
 // The library trusts its file: a broken page makes it panic, some on goroutines of its own, where nothing can recover.
@@ -316,6 +317,4 @@ func ordered(keys [][]byte, low, high []byte) error {
 	return nil
 }
 
-func invalid(format string, args ...any) error {
-	return fmt.Errorf("%w: %s", bolterrors.ErrInvalid, fmt.Sprintf(format, args...))
-}
+func invalid(format string, args ...any) error { return boltfile.Invalid(format, args...) }

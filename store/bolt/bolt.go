@@ -226,12 +226,12 @@ func (s *Store) run(ctx context.Context, write bool, fn func(*tx) error) error {
 			return classify(s.path, err)
 		}
 	}
-	f := &file{path: s.path}
-	if err := f.open(write); err != nil {
+	f, err := open(s.path, write)
+	if err != nil {
 		return classify(s.path, err)
 	}
-	own, err := f.run(write, fn)
-	err = errors.Join(err, f.close())
+	own, err := runTx(f, write, fn)
+	err = errors.Join(err, f.Close())
 	if own != nil && err == nil {
 		return own
 	}

@@ -33,7 +33,7 @@ var may = map[string][]string{
 var owners = map[string][]string{
 	"github.com/cilium/ebpf":          {"bpf", "maps", "loader"},
 	"github.com/vishvananda/netlink":  {"cni", "internal", "agent"},
-	"go.etcd.io/bbolt":                {"node", "store"},
+	"go.etcd.io/bbolt":                {"node", "store", "internal"},
 	"github.com/osrg/gobgp":           {"bgp"},
 	"go.etcd.io/etcd":                 {"store"},
 	"k8s.io/client-go":                {"kube"},
