@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/url"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
@@ -51,8 +50,6 @@ type Store struct {
 	close context.CancelFunc
 
 	client chan *clientv3.Client // the one, nil before it is made; who uses it puts it back
-	born   time.Time             // when it was opened
-	heard  atomic.Int64          // when the cluster last did something for us: ns after born, which no change of the clock moves
 }
 
 var _ store.Store = (*Store)(nil)
@@ -70,7 +67,7 @@ func Open(cfg Config) (*Store, error) {
 	if cfg.Username == "" && cfg.Password != "" || cfg.Username != "" && cfg.Password == "" {
 		return nil, fmt.Errorf("%w: user name and password of etcd come together", store.ErrInvalid)
 	}
-	s := &Store{cfg: cfg, space: space, timeout: cfg.Timeout, born: time.Now(), client: make(chan *clientv3.Client, 1)}
+	s := &Store{cfg: cfg, space: space, timeout: cfg.Timeout, client: make(chan *clientv3.Client, 1)}
 	if s.timeout == 0 {
 		s.timeout = 5 * time.Second
 	}
@@ -197,7 +194,6 @@ func (s *Store) do(ctx context.Context, fn func(context.Context, *clientv3.Clien
 			err = fn(bounded, c)
 		}
 		if err == nil {
-			s.heard.Store(int64(time.Since(s.born)))
 			return nil
 		}
 		if bounded.Err() == nil || last == nil {

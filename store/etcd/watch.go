@@ -131,15 +131,18 @@ func (w *watch) nextEvent(ctx context.Context) (store.Event, error) {
 				return store.Event{}, err
 			}
 		case <-quiet.C:
-			// The library goes on looking for a member for ever. Nobody else hearing from the cluster either, ask it.
-			if time.Since(w.store.born)-time.Duration(w.store.heard.Load()) >= w.store.timeout {
-				_, err := w.store.current(ctx, w.prefix)
-				if err != nil && ctx.Err() == nil {
+			// The library goes on looking for a member for ever. And the one that it has may answer, but hear nothing of
+			// the others: when its disk hangs, for one.
+			now, err := w.store.current(ctx, w.prefix)
+			if err != nil {
+				if ctx.Err() == nil {
 					w.sure = time.Now()
 				}
-				if err != nil {
-					return store.Event{}, err
-				}
+				return store.Event{}, err
+			}
+			if int64(now) >= w.next && w.told != nil { // of ours or of others', we can't know: begin anew, at another member
+				w.stop()
+				w.told = nil
 			}
 			w.sure = time.Now()
 			quiet.Reset(w.store.timeout)
