@@ -158,9 +158,18 @@ func ParseConfig(data []byte) (*Config, error) {
 	if c.MTU != 0 && (c.MTU < 68 || c.MTU > 65535) {
 		return nil, fail(codeConfig, "mtu %d: not between 68 and 65535", c.MTU)
 	}
+	if _, err := c.level(); err != nil {
+		return nil, err
+	}
 	if c.ownIPAM() {
 		cfg, err := c.pools()
 		if err != nil {
+			return nil, err
+		}
+		if _, err := c.gateway(); err != nil {
+			return nil, err
+		}
+		if _, err := c.routes(); err != nil {
 			return nil, err
 		}
 		if err := cfg.Validate(); err != nil {

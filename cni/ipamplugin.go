@@ -78,26 +78,47 @@ func (p *Plugin) ipamAdd(ctx context.Context, env *Env, c *Config) (any, error) 
 	if err != nil {
 		return nil, err
 	}
+	if r.Routes, err = c.routes(); err != nil {
+		return nil, err
+	}
+	return r.GetAsVersion(c.CNIVersion)
+}
+
+// routes are those that the answer to another main plugin names.
+func (c *Config) routes() ([]*types.Route, error) {
+	var routes []*types.Route
 	for _, route := range c.IPAM.Routes {
 		dst, err := netip.ParsePrefix(route.Dst)
 		if err != nil {
 			return nil, fail(codeConfig, "ipam.routes: %q is not a prefix", route.Dst)
 		}
-		r.Routes = append(r.Routes, &types.Route{Dst: *network(dst), GW: net.ParseIP(route.GW)})
+		gw := net.ParseIP(route.GW)
+		if gw == nil && route.GW != "" {
+			return nil, fail(codeConfig, "ipam.routes: gateway %q is not an address", route.GW)
+		}
+		routes = append(routes, &types.Route{Dst: *network(dst), GW: gw})
 	}
-	return r.GetAsVersion(c.CNIVersion)
+	return routes, nil
+}
+
+// gateway is the one that the configuration names, the zero Addr when it names none.
+func (c *Config) gateway() (netip.Addr, error) {
+	if c.IPAM.Gateway == "" {
+		return netip.Addr{}, nil
+	}
+	a, err := netip.ParseAddr(c.IPAM.Gateway)
+	if err != nil {
+		return a, fail(codeConfig, "ipam.gateway: %q is not an address", c.IPAM.Gateway)
+	}
+	return a, nil
 }
 
 // bridgeGateways is the gateway of every pool, reserved in cfg.
 func (c *Config) bridgeGateways(cfg *ipam.Config) (map[netip.Prefix]netip.Addr, error) {
 	gateways := make(map[netip.Prefix]netip.Addr)
-	own := netip.Addr{}
-	if c.IPAM.Gateway != "" {
-		a, err := netip.ParseAddr(c.IPAM.Gateway)
-		if err != nil {
-			return nil, fail(codeConfig, "ipam.gateway: %q is not an address", c.IPAM.Gateway)
-		}
-		own = a
+	own, err := c.gateway()
+	if err != nil {
+		return nil, err
 	}
 	pools := []netip.Prefix{}
 	for _, p := range cfg.Pools {

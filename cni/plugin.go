@@ -97,9 +97,7 @@ func (p *Plugin) dispatch(ctx context.Context, run func(context.Context, *Env, *
 	if minimum := map[string]string{"CHECK": "0.4.0", "GC": "1.1.0", "STATUS": "1.1.0"}[env.Command]; minimum != "" && !c.atLeast(minimum) {
 		return nil, spoken, fail(codeVersion, "%s needs a configuration with cniVersion %s or later; this one has %s", env.Command, minimum, c.CNIVersion)
 	}
-	if err := p.openLog(c); err != nil && env.Command != "DEL" {
-		return nil, spoken, err
-	}
+	p.openLog(c)
 	begin := time.Now()
 	answer, err := run(ctx, env, c)
 	log := p.log.With("command", env.Command, "network", c.Name, "container", env.ContainerID, "interface", env.IfName,
@@ -163,14 +161,20 @@ var logLevels = map[string]slog.Level{
 	"error": slog.LevelError, "fatal": slog.LevelError, "none": slog.LevelError,
 }
 
-func (p *Plugin) openLog(c *Config) error {
-	level := slog.LevelInfo
-	if c.LogLevel != "" {
-		var ok bool
-		if level, ok = logLevels[strings.ToLower(c.LogLevel)]; !ok {
-			return fail(codeConfig, "log_level %q: none of debug, info, warning, error", c.LogLevel)
-		}
+// level is what is logged from; of an unknown word, which only DEL goes on with, slog.LevelInfo.
+func (c *Config) level() (slog.Level, error) {
+	if c.LogLevel == "" {
+		return slog.LevelInfo, nil
 	}
+	level, ok := logLevels[strings.ToLower(c.LogLevel)]
+	if !ok {
+		return slog.LevelInfo, fail(codeConfig, "log_level %q: none of debug, info, warning, error", c.LogLevel)
+	}
+	return level, nil
+}
+
+func (p *Plugin) openLog(c *Config) {
+	level, _ := c.level()
 	to := p.Stderr
 	if c.LogFilePath != "" {
 		to = io.MultiWriter(to, &lumberjack.Logger{
@@ -178,7 +182,6 @@ func (p *Plugin) openLog(c *Config) error {
 		})
 	}
 	p.log = slog.New(slog.NewTextHandler(to, &slog.HandlerOptions{Level: level}))
-	return nil
 }
 
 func (p *Plugin) step(name string) error {
