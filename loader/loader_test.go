@@ -348,6 +348,17 @@ func TestProbe(t *testing.T) {
 	if err := Probe(); err != nil {
 		t.Error(err)
 	}
+	var name unix.Utsname
+	if err := unix.Uname(&name); err != nil {
+		t.Fatal(err)
+	}
+	var major, minor int
+	if _, err := fmt.Sscanf(unix.ByteSliceToString(name.Release[:]), "%d.%d", &major, &minor); err != nil {
+		t.Fatal(err)
+	}
+	if want := major > 6 || major == 6 && minor >= 6; HasTCX() != want {
+		t.Errorf("Linux %d.%d has TCX: %t, want %t", major, minor, HasTCX(), want)
+	}
 	old := needs
 	t.Cleanup(func() { needs = old })
 	needs = slices.Clone(old)
@@ -431,7 +442,16 @@ func (h *host) wantAttached(dir, name string, index int, want string) {
 	})
 }
 
+// needTCX skips the test on a kernel that has no TCX.
+func needTCX(t *testing.T) {
+	t.Helper()
+	if !HasTCX() {
+		t.Skip("no TCX here, which Linux 6.6 brought")
+	}
+}
+
 func TestAttach(t *testing.T) {
+	needTCX(t)
 	dir := ensured(t)
 	h := newHost(t, "a")
 	quick, direct := h.veth("q.1"), h.veth("d")
@@ -539,6 +559,7 @@ func TestWithoutTCX(t *testing.T) {
 
 // A namespace that goes takes its interfaces along; the pins that stay are no hindrance to anything.
 func TestNamespaceGone(t *testing.T) {
+	needTCX(t)
 	dir := ensured(t)
 	t.Run("first life", func(t *testing.T) {
 		h := newHost(t, "gone")

@@ -35,6 +35,7 @@ func without(t *testing.T) {
 
 // Uplinks of names that file systems, patterns and our own pins might stumble over.
 func TestAttachNet(t *testing.T) {
+	needTCX(t)
 	dir := ensured(t)
 	h := newHost(t, "n")
 	names := []string{"eth0.100", "a*", "a[b", "-", "a-from_net", "a~1", "é"}

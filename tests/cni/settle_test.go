@@ -32,9 +32,13 @@ func (p *pod) by() (by string, err error) {
 // settled waits until the pod is on TCX.
 func (p *pod) settled() {
 	p.h.t.Helper()
-	eventually(p.h.t, "the pod is on TCX", func() error {
+	want := loader.ByTCX
+	if !loader.HasTCX() {
+		want = loader.ByClsact
+	}
+	eventually(p.h.t, "the pod is on "+want, func() error {
 		by, err := p.by()
-		if err == nil && by != loader.ByTCX {
+		if err == nil && by != want {
 			err = errors.New("it is on " + by)
 		}
 		return err

@@ -259,6 +259,9 @@ func parse(ts *testscript.TestScript, _ bool, args []string) {
 // settled: waits until the plugin's helper has moved all pods to TCX, after which it looks at none of them again.
 func settled(ts *testscript.TestScript, _ bool, _ []string) {
 	r := of(ts)
+	if !loader.HasTCX() {
+		return
+	}
 	until(ts, "all pods are attached by TCX", func() bool {
 		cmd := exec.Command(r.ctl, "pods", "-o", "json")
 		var stdout bytes.Buffer
