@@ -216,8 +216,9 @@ func attached(dir, ifname string, ifindex int, h hook) (ebpf.ProgramID, string, 
 // removed, with the kernel's network lock held.
 //
 // There is no moment without a program: a placeholder waits out the grace period on the TCX hook, then the real program
-// takes its place and the filter goes. Between these two calls a packet that is left to the host's stack may be counted
-// twice. Nothing to do is not an error.
+// takes its place and the filter goes. Between these two calls a packet that is left to the host's stack meets both and is
+// counted twice, here and in its flow; it is not changed twice, for only what is redirected is rewritten. The other order
+// would let packets pass unjudged. Nothing to do is not an error.
 func Settle(dir, ifname string, ifindex int) error {
 	if !HasTCX() {
 		return nil
