@@ -20,13 +20,11 @@ static __always_inline bool is_martian(const __u8 *a)
 }
 
 // admit_stage: VERDICT_NEXT means that the pod may send this packet.
-static __noinline int admit_stage(struct __sk_buff *ctx, struct packet *p, struct pod *pod, const struct pod_slot *slot)
+static __noinline int admit_stage(struct __sk_buff *ctx, struct packet *p, const struct pod_slot *slot)
 {
 	__u8 from[16] ADDRESS, to[16] ADDRESS;
 	__be16 sport = p->side ? p->key.port_b : p->key.port_a;
 
-	if (p->flags & PKT_ND)
-		return nd_stage(ctx, p, pod, slot);
 	__builtin_memcpy(from, source(p), 16);
 	__builtin_memcpy(to, destination(p), 16);
 	if (is_multicast(to))

@@ -58,7 +58,9 @@ static __noinline int from_pod_slow(struct __sk_buff *ctx, struct packet *p, int
 	learn(ctx, pod);
 	if (parsed == STACK_ARP)
 		return arp_stage(ctx, pod, o.self);
-	if ((v = admit_stage(ctx, p, pod, o.self)))
+	if (p->flags & PKT_ND)
+		return nd_stage(ctx, p, pod, o.self);
+	if ((v = admit_stage(ctx, p, o.self)))
 		return v;
 	if ((v = route_stage(ctx, p, o.self, &o.peer)))
 		return v;
