@@ -152,6 +152,24 @@ static __always_inline int to_pod_stages(struct __sk_buff *ctx, struct packet *p
 	return to_pod_slow(ctx, p);
 }
 
+// tunnel_stage lets in what came encapsulated from the host that has its source's block. VERDICT_NEXT: it did.
+static __noinline int tunnel_stage(struct __sk_buff *ctx, const struct packet *p)
+{
+	struct route *r = find_route(source(p));
+	struct bpf_tunnel_key k = {};
+	__u8 outer[16] ADDRESS;
+
+	if (!r || r->kind != ROUTE_TUNNEL)
+		return DROP_TUNNEL;
+	if (!bpf_skb_get_tunnel_key(ctx, &k, sizeof(k), 0))
+		put_address(outer, 0, v4_low(bpf_htonl(k.remote_ipv4)));
+	else if (!bpf_skb_get_tunnel_key(ctx, &k, sizeof(k), BPF_F_TUNINFO_IPV6))
+		__builtin_memcpy(outer, k.remote_ipv6, 16);
+	else
+		return DROP_TUNNEL;
+	return same_address(outer, r->next_hop) ? VERDICT_NEXT : DROP_TUNNEL;
+}
+
 // may_answer tells what can't be an answer to a masqueraded flow without looking for one.
 static __always_inline bool may_answer(const struct packet *p)
 {
@@ -223,7 +241,9 @@ static __always_inline int from_net_stages(struct __sk_buff *ctx, struct packet 
 		return STACK_OTHER;
 	p->epoch = READ_ONCE(s->epoch);
 	if (unlikely(parse(ctx, p)))
-		return STACK_OTHER;
+		return ctx->ifindex == s->tunnel ? DROP_TUNNEL : STACK_OTHER;
+	if (unlikely(ctx->ifindex == s->tunnel) && (v = tunnel_stage(ctx, p)))
+		return v;
 	if (likely(plain(ctx, p)) && likely(!ctx->pkt_type) && (v = established(ctx, p, ctx->ifindex)))
 		return v;
 	return from_net_slow(ctx, p);

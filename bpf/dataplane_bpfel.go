@@ -80,13 +80,14 @@ const (
 type DataplaneForward uint8
 
 const (
-	DataplaneForwardFORWARD_UNSET    DataplaneForward = 0
-	DataplaneForwardFORWARD_TO_POD   DataplaneForward = 1
-	DataplaneForwardFORWARD_TO_STACK DataplaneForward = 2
-	DataplaneForwardFORWARD_SHAPED   DataplaneForward = 3
-	DataplaneForwardFORWARD_REPLY    DataplaneForward = 4
-	DataplaneForwardFORWARD_DELIVER  DataplaneForward = 5
-	DataplaneForwardFORWARD_TO_NET   DataplaneForward = 6
+	DataplaneForwardFORWARD_UNSET     DataplaneForward = 0
+	DataplaneForwardFORWARD_TO_POD    DataplaneForward = 1
+	DataplaneForwardFORWARD_TO_STACK  DataplaneForward = 2
+	DataplaneForwardFORWARD_SHAPED    DataplaneForward = 3
+	DataplaneForwardFORWARD_REPLY     DataplaneForward = 4
+	DataplaneForwardFORWARD_DELIVER   DataplaneForward = 5
+	DataplaneForwardFORWARD_TO_NET    DataplaneForward = 6
+	DataplaneForwardFORWARD_TO_TUNNEL DataplaneForward = 7
 )
 
 type DataplaneFragment struct {
@@ -119,6 +120,7 @@ type DataplaneNatWork struct {
 	_      structs.HostLayout
 	Host   DataplaneNat
 	Pod    DataplaneNat
+	Inner  DataplaneFlowKey
 	Answer DataplaneFlowKey
 	Held   DataplaneFlowKey
 }
@@ -202,7 +204,8 @@ type DataplaneState struct {
 	Hand     uint32
 	NatFirst uint16
 	NatLast  uint16
-	Node     [32]uint8
+	Node     [28]uint8
+	Tunnel   uint32
 	Build    [8]uint8
 }
 
@@ -210,6 +213,8 @@ type DataplaneUplink struct {
 	_         structs.HostLayout
 	AddressV4 [16]uint8
 	AddressV6 [16]uint8
+	Vni       uint32
+	Pad       uint32
 }
 
 // Names of all BPF objects in the ELF.

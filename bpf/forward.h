@@ -62,6 +62,7 @@ static __always_inline int forward_stage(struct __sk_buff *ctx, struct packet *p
 	switch (p->to.forward) {
 	case FORWARD_TO_POD:
 	case FORWARD_TO_NET:
+	case FORWARD_TO_TUNNEL:
 		p->mark = 1; // for the ways out that follow
 		if (unlikely(p->flags & PKT_NO_PORTS))
 			return STACK_PROTOCOL;
@@ -71,8 +72,9 @@ static __always_inline int forward_stage(struct __sk_buff *ctx, struct packet *p
 			return STACK_TTL;
 		if (unlikely(oversize(ctx, p)))
 			return STACK_MTU;
-		return likely(p->to.forward == FORWARD_TO_POD) ? rewrite(ctx, p, FORWARD_POD)
-							       : rewrite(ctx, p, FORWARD_NET);
+		if (likely(p->to.forward == FORWARD_TO_POD))
+			return rewrite(ctx, p, FORWARD_POD);
+		return rewrite(ctx, p, p->to.forward == FORWARD_TO_NET ? FORWARD_NET : FORWARD_TUNNEL);
 	case FORWARD_SHAPED:
 		p->mark = 1;
 		return STACK_SHAPED;

@@ -49,7 +49,7 @@ enum PACKED route_kind {
 	ROUTE_LOCAL_POD, // ifindex is the pod's host veth
 	ROUTE_HOST,      // an address of this host: the host's stack
 	ROUTE_REMOTE,    // a block of another host, by next_hop
-	ROUTE_TUNNEL,    // a block of another host, encapsulated
+	ROUTE_TUNNEL,    // a block of another host, encapsulated: next_hop is that host
 	ROUTE_POOL,      // inside a pool, in no known block
 	ROUTE_STACK,     // whatever the host's stack decides
 	ROUTE_BLACKHOLE, // inside one of this node's blocks, held by no pod
@@ -92,12 +92,13 @@ struct flow_key {
 
 enum PACKED forward {
 	FORWARD_UNSET = 0,
-	FORWARD_TO_POD,   // redirect_peer to ifindex
-	FORWARD_TO_STACK, // the host's stack, not judged for what comes after it
-	FORWARD_SHAPED,   // the host's stack, judged for both ends
-	FORWARD_REPLY,    // the host's stack, through which the flow was opened
-	FORWARD_DELIVER,  // to_pod, to_net: on to where the stack sends it
-	FORWARD_TO_NET,   // redirect_neigh out of ifindex
+	FORWARD_TO_POD,    // redirect_peer to ifindex
+	FORWARD_TO_STACK,  // the host's stack, not judged for what comes after it
+	FORWARD_SHAPED,    // the host's stack, judged for both ends
+	FORWARD_REPLY,     // the host's stack, through which the flow was opened
+	FORWARD_DELIVER,   // to_pod, to_net: on to where the stack sends it
+	FORWARD_TO_NET,    // redirect_neigh out of ifindex
+	FORWARD_TO_TUNNEL, // redirect to ifindex, a VXLAN interface
 };
 
 // Where a packet goes next. The first eight bytes are read and written as one word.
@@ -106,7 +107,8 @@ struct next_hop {
 	__u16 mtu;
 	enum forward forward;
 	__u8 pad;
-	__u8 hop[16] ADDRESS; // FORWARD_TO_POD: new destination and source MAC; FORWARD_TO_NET: the next host's address
+	__u8 hop
+	    [16] ADDRESS; // FORWARD_TO_POD: new destination and source MAC; FORWARD_TO_NET, FORWARD_TO_TUNNEL: the next host's address
 };
 
 // One direction of a flow. It lies on a cache line of its own, because each direction has its CPU.
@@ -213,8 +215,8 @@ struct {
 
 // What making the entries of a new flow works on: too much for the stack. No program runs inside another on a CPU.
 struct nat_work {
-	struct nat host, pod;         // the entries
-	struct flow_key answer, held; // the new flow's tuple outside; the inner one of who has it
+	struct nat host, pod;                // the entries
+	struct flow_key inner, answer, held; // the new flow's tuples, of the pod and outside; that of who has the port
 };
 
 // caracal_work: one entry.
@@ -229,10 +231,12 @@ struct {
 struct uplink {
 	__u8 address_v4[16] ADDRESS; // that masqueraded packets leave with; ::: none
 	__u8 address_v6[16] ADDRESS;
+	__u32 vni; // of the VXLAN interface (RFC 7348); 0: it is none
+	__u32 pad;
 };
 
-// caracal_uplinks: uplink's ifindex -> its addresses.
-// Writer: agent. Reader: to_net, caracalctl doctor.
+// caracal_uplinks: uplink's ifindex -> its addresses. The VXLAN interface is one of them.
+// Writer: agent, or plugin where there is none. Reader: to_net, from_pod (vni), caracalctl doctor.
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 256);
@@ -303,12 +307,13 @@ struct state {
 	__u32 hand;      // next place of caracal_slots to look at
 	__u16 nat_first; // ports of masqueraded flows, both included; nat_last 0: nothing is masqueraded
 	__u16 nat_last;
-	__u8 node[32]; // the node's name, zero-terminated
+	__u8 node[28]; // the node's name, zero-terminated
+	__u32 tunnel;  // ifindex of the VXLAN interface, 0: none
 	__u8 build[8]; // which build of the programs is loaded
 };
 
 // caracal_state: one entry, also mapped into user space.
-// Writer: plugin and agent (epoch, by an atomic add), agent (nat_*), all hooks (flows, hand). Reader: all.
+// Writer: plugin and agent (epoch, by an atomic add), agent (nat_*, tunnel), all hooks (flows, hand). Reader: all.
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE);

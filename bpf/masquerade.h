@@ -72,7 +72,8 @@ __noinline int take_port(struct __sk_buff *ctx, struct packet *p, int displace)
 
 	if (!p || !w)
 		return DROP_NO_STATE;
-	w->pod.side = swapped(&w->answer, &p->key, &w->host);
+	w->inner = p->key;
+	w->pod.side = swapped(&w->answer, &w->inner, &w->host);
 	old = bpf_map_lookup_elem(&caracal_nat, &w->answer);
 	if (old) {
 		swapped(&w->held, &w->answer, old);

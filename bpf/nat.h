@@ -23,43 +23,43 @@ static __always_inline struct nat *find_nat(const struct flow_key *k)
 }
 
 // forget_nat removes both entries of a masqueraded flow that is confirmed. It and keep_nat are global functions, so that the
-// verifier walks them once.
-__noinline int forget_nat(const struct flow_key *k)
+// verifier walks them once; Linux 6.1 takes no argument of such a one for a key.
+__noinline int forget_nat(const struct flow_key *of)
 {
-	struct flow_key other = {};
+	struct flow_key k, other = {};
 	struct nat *n;
 
-	if (!k)
+	if (!of)
 		return 0;
-	n = bpf_map_lookup_elem(&caracal_nat, k);
+	k = *of;
+	n = bpf_map_lookup_elem(&caracal_nat, &k);
 	if (!n)
 		return 0;
-	swapped(&other, k, n);
+	swapped(&other, &k, n);
 	bpf_map_delete_elem(&caracal_nat, &other);
-	bpf_map_delete_elem(&caracal_nat, k);
+	bpf_map_delete_elem(&caracal_nat, &k);
 	return 0;
 }
 
 // keep_nat moves the entries of a flow that was confirmed to where nothing displaces them.
-__noinline int keep_nat(const struct flow_key *k)
+__noinline int keep_nat(const struct flow_key *of)
 {
-	struct flow_key other = {};
-	struct nat there, back, *n;
+	struct flow_key k, other = {};
+	struct nat *n, *back;
 
-	if (!k)
+	if (!of)
 		return 0;
-	n = bpf_map_lookup_elem(&caracal_natopen, k);
+	k = *of;
+	n = bpf_map_lookup_elem(&caracal_natopen, &k);
 	if (!n)
 		return 0;
-	there = *n;
-	swapped(&other, k, &there);
-	n = bpf_map_lookup_elem(&caracal_natopen, &other);
-	if (!n)
+	swapped(&other, &k, n);
+	back = bpf_map_lookup_elem(&caracal_natopen, &other);
+	if (!back)
 		return 0;
-	back = *n;
-	bpf_map_update_elem(&caracal_nat, &other, &back, BPF_ANY);
-	bpf_map_update_elem(&caracal_nat, k, &there, BPF_ANY);
-	bpf_map_delete_elem(&caracal_natopen, k);
+	bpf_map_update_elem(&caracal_nat, &other, back, BPF_ANY);
+	bpf_map_update_elem(&caracal_nat, &k, n, BPF_ANY);
+	bpf_map_delete_elem(&caracal_natopen, &k);
 	bpf_map_delete_elem(&caracal_natopen, &other);
 	return 0;
 }

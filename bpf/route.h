@@ -28,6 +28,8 @@ static __always_inline bool straight(const struct route *r, bool is_v6)
 	__u8 hop[16] ADDRESS;
 
 	__builtin_memcpy(hop, r->next_hop, 16);
+	if (r->kind == ROUTE_TUNNEL)
+		return r->ifindex;
 	return r->kind == ROUTE_REMOTE && r->ifindex && (cwords(hop)[0] || cwords(hop)[1]) && !(is_v6 && is_v4(hop));
 }
 
@@ -78,7 +80,9 @@ static __always_inline void to_net_stage(struct __sk_buff *ctx, struct packet *p
 	if (bpf_check_mtu(ctx, r->ifindex, &mtu, 0, 0) >= 0 && (!r->mtu || r->mtu > mtu))
 		p->to.mtu = mtu > 0xffff ? 0xffff : mtu;
 	p->to.ifindex = r->ifindex;
-	p->to.forward = self->flags & POD_SHAPED ? FORWARD_SHAPED : FORWARD_TO_NET;
+	p->to.forward = self->flags & POD_SHAPED  ? FORWARD_SHAPED
+			: r->kind == ROUTE_TUNNEL ? FORWARD_TO_TUNNEL
+						  : FORWARD_TO_NET;
 	__builtin_memcpy(p->to.hop, r->next_hop, 16);
 }
 
@@ -106,6 +110,7 @@ static __always_inline int route_stage(struct __sk_buff *ctx, struct packet *p, 
 	case ROUTE_POOL:
 		return DROP_NO_POD;
 	case ROUTE_REMOTE:
+	case ROUTE_TUNNEL:
 		to_net_stage(ctx, p, r, self);
 		return VERDICT_NEXT;
 	default:

@@ -52,6 +52,8 @@
 	X(STACK_ANSWER, "answer to a masqueraded flow: given its pod's address back and left to the host's stack")     \
 	X(DROP_NAT_PROTOCOL, "can't be masqueraded: neither TCP, UDP nor an ICMP query")                               \
 	X(DROP_NAT_ADDRESS, "can't be masqueraded: the uplink has no address of that family")                          \
+	X(FORWARD_TUNNEL, "sent to the host that has its destination's block, encapsulated")                           \
+	X(DROP_TUNNEL, "came encapsulated from a host that does not have its source's block")                          \
 	X(DROP_NAT_PORTS, "can't be masqueraded: every port towards its destination is in use")
 
 enum verdict {

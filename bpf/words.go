@@ -57,6 +57,8 @@ var Verdicts = []Word{
 	{"stack_answer", "answer to a masqueraded flow: given its pod's address back and left to the host's stack"},
 	{"drop_nat_protocol", "can't be masqueraded: neither TCP, UDP nor an ICMP query"},
 	{"drop_nat_address", "can't be masqueraded: the uplink has no address of that family"},
+	{"forward_tunnel", "sent to the host that has its destination's block, encapsulated"},
+	{"drop_tunnel", "came encapsulated from a host that does not have its source's block"},
 	{"drop_nat_ports", "can't be masqueraded: every port towards its destination is in use"},
 }
 
