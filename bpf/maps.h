@@ -213,14 +213,14 @@ struct {
 	__type(value, struct nat);
 } caracal_natopen SEC(".maps");
 
-// What making the entries of a new flow works on: too much for the stack. No program runs inside another on a CPU.
+// What translating works on: too much for the stack. No program runs inside another on a CPU.
 struct nat_work {
 	struct nat host, pod;                // the entries
 	struct flow_key inner, answer, held; // the new flow's tuples, of the pod and outside; that of who has the port
 };
 
 // caracal_work: one entry.
-// Writer and reader: to_net.
+// Writer and reader: from_net, to_net.
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);

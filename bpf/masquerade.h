@@ -297,13 +297,15 @@ static __noinline int masquerade_error(struct __sk_buff *ctx, struct packet *p, 
 // packet now.
 static __noinline int unmasquerade_stage(struct __sk_buff *ctx, struct packet *p)
 {
-	struct flow_key inner = {};
+	struct nat_work *w = nat_work();
 	struct quoted q = {};
-	struct nat *found, n;
+	struct nat *found;
 	struct flow *f;
 	bool side;
 	int v;
 
+	if (!w)
+		return STACK_OTHER;
 	if (p->flags & PKT_ICMP_ERROR) {
 		if (!quote(ctx, p, &q))
 			return STACK_OTHER;
@@ -315,22 +317,21 @@ static __noinline int unmasquerade_stage(struct __sk_buff *ctx, struct packet *p
 	found = find_nat(&q.key);
 	if (!found || found->side != q.side)
 		return STACK_OTHER;
-	n = *found;
-	side = swapped(&inner, &q.key, &n);
-	f = find_flow(&inner);
+	w->pod = *found;
+	side = swapped(&w->inner, &q.key, &w->pod);
+	f = find_flow(&w->inner);
 	if (!f || !f->masqueraded) // the pod that had it is gone
 		return STACK_OTHER;
-	if (p->flags & PKT_ICMP_ERROR && (v = readdress_quoted(ctx, p, &q, true, &n)))
+	if (p->flags & PKT_ICMP_ERROR && (v = readdress_quoted(ctx, p, &q, true, &w->pod)))
 		return v;
-	if ((v = readdress_end(ctx, p, false, &n)))
+	if ((v = readdress_end(ctx, p, false, &w->pod)))
 		return v;
-	if (p->flags & PKT_ICMP_ERROR) {
-		__builtin_memcpy(inner.address_a, source(p), 16); // only the addresses count from here on
-		__builtin_memcpy(inner.address_b, n.address, 16);
-		p->side = sorted(&p->key, cwords(inner.address_a)[0], cwords(inner.address_a)[1], cwords(n.address)[0],
-				 cwords(n.address)[1], 0, 0);
+	if (p->flags & PKT_ICMP_ERROR) { // only the addresses count from here on
+		__builtin_memcpy(w->inner.address_a, source(p), 16);
+		p->side = sorted(&p->key, cwords(w->inner.address_a)[0], cwords(w->inner.address_a)[1],
+				 cwords(w->pod.address)[0], cwords(w->pod.address)[1], 0, 0);
 	} else {
-		p->key = inner;
+		p->key = w->inner;
 		p->side = !side;
 	}
 	return VERDICT_NEXT;
