@@ -36,6 +36,8 @@ type Config struct {
 	Uplinks    []string          // interfaces that other hosts are behind, as path.Match patterns; none: found by route
 	BGPPort    int               // 0: the BGPConfiguration's, or 179; -1: listen nowhere
 	NATPorts   maps.Ports        // that masqueraded flows leave from; zero: cni.MasqueradePorts
+	VXLANPort  int               // UDP port that encapsulated packets go to, 4789 by RFC 7348
+	VXLANVNI   int               // network id, 24 bits
 
 	Log *slog.Logger
 
@@ -59,8 +61,9 @@ type Agent struct {
 	speaker *bgp.Speaker
 	spoken  bgp.Config // the speaker's
 	routes  *routes
-	mark    string                     // this host's own, see instance
-	uplinks map[string]int             // name -> ifindex, as attached
+	mark    string         // this host's own, see instance
+	uplinks map[string]int // name -> ifindex, as attached
+	tunnel  tunnel
 	idle    map[netip.Prefix]time.Time // since when a block has had no pod
 
 	wake chan struct{}
@@ -118,7 +121,7 @@ func (a *Agent) prepare() error {
 	if a.Node == "" {
 		return errors.New("this node has no name; give one (--node-name)")
 	}
-	if err := loader.Ensure(loader.Config{Dir: a.BPFFSDir, NodeID: a.Node[:min(len(a.Node), 31)]}); err != nil {
+	if err := loader.Ensure(loader.Config{Dir: a.BPFFSDir, NodeID: a.Node[:min(len(a.Node), loader.MaxNodeID)]}); err != nil {
 		return err
 	}
 	var err error
@@ -185,6 +188,7 @@ func (a *Agent) reconcile(ctx context.Context) error {
 	}
 	own, surplus, err := a.claim(ctx, v)
 	part("blocks", err)
+	part("tunnel", a.setTunnel(ctx, v, self))
 	part("uplinks", a.attachUplinks(v, self))
 	unrouted := a.setNode()
 	part("node routes", unrouted)
@@ -196,7 +200,7 @@ func (a *Agent) reconcile(ctx context.Context) error {
 			part("surplus blocks", a.release(ctx, surplus))
 		}
 	}
-	part("routes", a.routes.sync(v.pools))
+	part("routes", a.routes.sync(v.pools, a.tunnel))
 	a.mu.Lock()
 	a.ready = len(errs) == 0
 	a.own, a.speaking = own, a.speaker

@@ -114,6 +114,9 @@ func (a *Agent) findUplinks(v *view, self *api.Node) (map[string]int, error) {
 		}
 		stdmaps.Copy(found, outside)
 	}
+	if a.tunnel.index != 0 {
+		found[cni.TunnelName] = a.tunnel.index
+	}
 	delete(found, "lo")
 	if len(found) == 0 {
 		return nil, fmt.Errorf("%w: no interface has this node's address or a route to a peer; name it (--uplink eth1)", ErrUplink)

@@ -38,6 +38,9 @@ func (a *Agent) masquerade(ctx context.Context, v *view, self *api.Node) error {
 	}
 	var errs []error
 	for name, index := range a.uplinks {
+		if index == a.tunnel.index {
+			continue // nothing leaves the pools by it
+		}
 		u, err := cni.UplinkAddresses(&netlink.Handle{}, index, self.BGP.IPv4Address.Addr(), self.BGP.IPv6Address.Addr())
 		switch {
 		case err != nil:

@@ -34,6 +34,7 @@ type routes struct {
 	dirty   map[netip.Prefix]bool       // to be written, or to be taken away
 	whole   bool                        // every peer was heard, what is not learned goes
 	pools   []api.IPPool                // as they were when routes were written
+	tunnel  tunnel                      // likewise
 	pooled  map[netip.Prefix]maps.Route // those of whole pools in the maps
 	alarms  map[bgp.Alarm]Alarm
 }
@@ -116,7 +117,7 @@ func (r *routes) heardAll() {
 }
 
 // sync writes what changed. What can't be written is tried again the next time.
-func (r *routes) sync(pools []api.IPPool) error {
+func (r *routes) sync(pools []api.IPPool, t tunnel) error {
 	r.mu.Lock()
 	whole := r.whole
 	r.whole = false
@@ -125,8 +126,9 @@ func (r *routes) sync(pools []api.IPPool) error {
 	if err := r.read(); err != nil {
 		return err
 	}
-	if !slices.EqualFunc(pools, r.pools, func(x, y api.IPPool) bool { return x.CIDR == y.CIDR && x.VXLANMode == y.VXLANMode }) {
-		r.pools = pools
+	same := slices.EqualFunc(pools, r.pools, func(x, y api.IPPool) bool { return x.CIDR == y.CIDR && x.VXLANMode == y.VXLANMode })
+	if !same || t != r.tunnel {
+		r.pools, r.tunnel = pools, t
 		r.mu.Lock()
 		for p := range r.learned {
 			r.dirty[p] = true
@@ -188,6 +190,7 @@ func (r *routes) write(batch []netip.Prefix, want map[netip.Prefix]bgp.Route) (e
 // hop is how a next hop is reached.
 type hop struct {
 	ifindex, mtu int
+	far          bool // a router lies in between
 	err          error
 }
 
@@ -197,13 +200,10 @@ func (r *routes) hop(to netip.Addr, known map[netip.Addr]hop) hop {
 	}
 	h := hop{}
 	found, err := r.rtnl.RouteGet(to.AsSlice())
-	switch {
-	case err != nil || len(found) == 0:
+	if err != nil || len(found) == 0 {
 		h.err = fmt.Errorf("next hop %s is unreachable: %w", to, err)
-	case found[0].Gw != nil:
-		h.err = fmt.Errorf("next hop %s is on no network of this host: a router lies in between", to)
-	default:
-		h.ifindex = found[0].LinkIndex
+	} else {
+		h.ifindex, h.far = found[0].LinkIndex, found[0].Gw != nil
 		l, err := r.rtnl.LinkByIndex(h.ifindex)
 		if err != nil {
 			h.err = fmt.Errorf("interface to next hop %s: %w", to, err)
@@ -221,13 +221,26 @@ func (r *routes) put(route bgp.Route, hops map[netip.Addr]hop) error {
 	if h.err != nil {
 		return fmt.Errorf("route to %s: %w", route.Prefix, h.err)
 	}
-	k := &netlink.Route{
-		LinkIndex: h.ifindex, Dst: nl.Net(route.Prefix), Gw: route.NextHop.AsSlice(), Protocol: cni.RouteProtocol,
+	k := &netlink.Route{Dst: nl.Net(route.Prefix), Protocol: cni.RouteProtocol}
+	m := maps.Route{Prefix: route.Prefix, NextHop: route.NextHop}
+	var pool api.IPPool
+	pool, m.InPool = poolOf(r.pools, route.Prefix)
+	switch {
+	case pool.VXLANMode == "Always" || pool.VXLANMode == "CrossSubnet" && h.far:
+		if r.tunnel.index == 0 {
+			return fmt.Errorf("route to %s: %w: there is no %s", route.Prefix, ErrTunnel, cni.TunnelName)
+		}
+		k.LinkIndex, k.Encap, k.Scope = r.tunnel.index, &ipEncap{r.tunnel.vni, route.NextHop}, netlink.SCOPE_LINK
+		if src := r.tunnel.source(route.Prefix.Addr().Is6()); src.IsValid() {
+			k.Src = src.AsSlice()
+		}
+		m.Kind, m.IfIndex, m.MTU = maps.RouteTunnel, uint32(r.tunnel.index), uint16(min(r.tunnel.mtu, 65535))
+	case h.far:
+		return fmt.Errorf("route to %s: next hop %s is on no network of this host: a router lies in between; give the pool vxlanMode CrossSubnet", route.Prefix, route.NextHop)
+	default:
+		k.LinkIndex, k.Gw = h.ifindex, route.NextHop.AsSlice()
+		m.Kind, m.IfIndex, m.MTU = maps.RouteRemote, uint32(h.ifindex), uint16(min(h.mtu, 65535))
 	}
-	m := maps.Route{
-		Prefix: route.Prefix, Kind: maps.RouteRemote, IfIndex: uint32(h.ifindex), NextHop: route.NextHop, MTU: uint16(min(h.mtu, 65535)),
-	}
-	_, m.InPool = poolOf(r.pools, route.Prefix)
 	r.mu.Lock()
 	same := r.written[route.Prefix] == m
 	r.mu.Unlock()
@@ -342,7 +355,7 @@ func (r *routes) read() error {
 		if m.Kind == maps.RoutePool {
 			r.pooled[m.Prefix] = m
 		}
-		if m.Kind == maps.RouteRemote {
+		if m.Kind == maps.RouteRemote || m.Kind == maps.RouteTunnel {
 			r.written[m.Prefix] = m
 		}
 	}
@@ -375,7 +388,7 @@ func (r *routes) forgetOld() error {
 			return fmt.Errorf("list routes: %w", err)
 		}
 		for _, k := range list {
-			if p, ok := nl.Prefix(k.Dst); ok && k.Gw != nil {
+			if p, ok := nl.Prefix(k.Dst); ok && (k.Gw != nil || r.tunnel.index != 0 && k.LinkIndex == r.tunnel.index) {
 				left[p] = true
 			}
 		}

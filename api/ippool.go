@@ -52,8 +52,8 @@ func (p *IPPool) Complete(string) (err error) {
 		return err
 	case p.IPIPMode != "" && p.IPIPMode != "Never":
 		return fmt.Errorf("ipipMode %s: %w; write vxlanMode", p.IPIPMode, ErrUnsupported)
-	case p.VXLANMode != "" && p.VXLANMode != "Never":
-		return fmt.Errorf("vxlanMode %s: %w yet; hosts must share a network or have routers between them that speak BGP", p.VXLANMode, ErrUnsupported)
+	case p.VXLANMode != "" && p.VXLANMode != "Never" && p.VXLANMode != "Always" && p.VXLANMode != "CrossSubnet":
+		return fmt.Errorf("%w: vxlanMode %q: Always, CrossSubnet or Never", ErrInvalid, p.VXLANMode)
 	}
 	if err := checkSelector("nodeSelector", p.NodeSelector); err != nil {
 		return err
@@ -65,6 +65,9 @@ func (p *IPPool) Complete(string) (err error) {
 	}
 	return nil
 }
+
+// Encapsulates tells whether packets to some of the pool's blocks go encapsulated.
+func (p IPPool) Encapsulates() bool { return p.VXLANMode == "Always" || p.VXLANMode == "CrossSubnet" }
 
 // Defaulted validates the pool and fills what it leaves open.
 func (p IPPool) Defaulted() (IPPool, error) {

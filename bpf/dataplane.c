@@ -167,7 +167,11 @@ static __noinline int tunnel_stage(struct __sk_buff *ctx, const struct packet *p
 		__builtin_memcpy(outer, k.remote_ipv6, 16);
 	else
 		return DROP_TUNNEL;
-	return same_address(outer, r->next_hop) ? VERDICT_NEXT : DROP_TUNNEL;
+	if (!same_address(outer, r->next_hop))
+		return DROP_TUNNEL;
+	if (ctx->pkt_type) // its inner MAC address is nobody's
+		bpf_skb_change_type(ctx, 0 /* PACKET_HOST */);
+	return VERDICT_NEXT;
 }
 
 // may_answer tells what can't be an answer to a masqueraded flow without looking for one.

@@ -16,8 +16,8 @@ static __always_inline int send_on(struct __sk_buff *ctx, const struct packet *p
 	return bpf_redirect_neigh(p->to.ifindex, &hop, sizeof(hop), 0);
 }
 
-// send_encapsulated sends a packet to the host that has its destination, by VXLAN (RFC 7348). Every node's VXLAN interface has the
-// same MAC address, so that no host need know another's.
+// send_encapsulated sends a packet to the host that has its destination, by VXLAN (RFC 7348). Its inner MAC addresses are
+// nobody's, so that no host need know another's: from_net takes what comes encapsulated for this host's.
 static __noinline int send_encapsulated(struct __sk_buff *ctx, const struct packet *p)
 {
 	struct uplink *tunnel = bpf_map_lookup_elem(&caracal_uplinks, &p->to.ifindex);
@@ -30,6 +30,7 @@ static __noinline int send_encapsulated(struct __sk_buff *ctx, const struct pack
 	k.tunnel_id = tunnel->vni;
 	if (is_v4(p->to.hop)) {
 		k.remote_ipv4 = bpf_ntohl(*(__be32 *)&p->to.hop[12]);
+		flags = BPF_F_ZERO_CSUM_TX;
 	} else {
 		__builtin_memcpy(k.remote_ipv6, p->to.hop, 16);
 		flags = BPF_F_TUNINFO_IPV6;

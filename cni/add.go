@@ -15,6 +15,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/caracal-net/caracal/api"
 	"github.com/caracal-net/caracal/commit"
 	"github.com/caracal-net/caracal/internal/netns"
 	"github.com/caracal-net/caracal/internal/nl"
@@ -244,7 +245,7 @@ func (c *Config) loaderConfig() loader.Config {
 	if id == "" {
 		id = hostname()
 	}
-	return loader.Config{Dir: c.BPFFSDir, MaxFlows: c.MaxFlows, NodeID: id[:min(len(id), 31)]}
+	return loader.Config{Dir: c.BPFFSDir, MaxFlows: c.MaxFlows, NodeID: id[:min(len(id), loader.MaxNodeID)]}
 }
 
 // removePredecessors removes what an earlier attachment of the same name, or of the same workload, left: a runtime that
@@ -382,6 +383,9 @@ func (a *adding) recordOnce(ctx context.Context) (old []node.Endpoint, err error
 			}
 			a.veth.addrs = addrs
 			masquerade4, masquerade6 = ipam.NATOutgoing(pools, addrs)
+			if a.c.MTU == 0 && slices.ContainsFunc(pools, api.IPPool.Encapsulates) {
+				a.veth.mtu = min(a.veth.mtu, tunnelMTU(a.sides.host))
+			}
 		}
 		if len(a.veth.addrs) == 0 {
 			return fail(codeConfig, "the attachment would have no address: neither family is assigned")

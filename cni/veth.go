@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -27,6 +28,12 @@ const LinkGroup = RouteProtocol
 
 // ours tells whether an interface is the host end of a pair that Caracal made.
 func ours(l netlink.Link) bool { return l.Type() == "veth" && l.Attrs().Group == LinkGroup }
+
+// TunnelName is the VXLAN interface's, which an agent makes.
+const TunnelName = "vxlan.caracal"
+
+// HostMAC is the address of every host end, and of every node's VXLAN interface.
+func HostMAC() net.HardwareAddr { return slices.Clone(hostMAC) }
 
 // The gateway that every pod has. It exists nowhere: from_pod answers for it.
 var (
@@ -267,6 +274,15 @@ func pathMTU(h *netlink.Handle) int {
 		}
 	}
 	return 1500
+}
+
+// tunnelMTU is what fits the tunnel to other hosts; no limit as long as no agent has made it.
+func tunnelMTU(h *netlink.Handle) int {
+	l, err := h.LinkByName(TunnelName)
+	if err != nil {
+		return 65535
+	}
+	return l.Attrs().MTU
 }
 
 // HostAddresses are the addresses of this host that a packet may be for.

@@ -14,6 +14,9 @@ import (
 // store that the nodes share, and addresses come out of claimed blocks only.
 const poolsSetting = "cluster/pools"
 
+// TunnelKey holds the host's own addresses in the VXLAN tunnel. No CNI network can have such a name.
+var TunnelKey = node.Key{Network: "caracal:host", ContainerID: "tunnel", IfName: "vxlan"}
+
 // SetClusterPools records the pools of the cluster that this node is part of; nil: it is part of none.
 func SetClusterPools(tx *node.Tx, pools []api.IPPool) error {
 	if pools == nil {

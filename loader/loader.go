@@ -23,6 +23,9 @@ import (
 // DefaultMaxFlows is the size of the flow table unless Config says otherwise: 33 MB of kernel memory.
 const DefaultMaxFlows = 131072
 
+// MaxNodeID is how many bytes of a node's name caracal_state has room for.
+const MaxNodeID = len(bpf.DataplaneState{}.Node) - 1
+
 // SchemaVersion is the version of the maps' layout. Programs and maps of different versions do not work together.
 const SchemaVersion = bpf.SchemaVersion
 
@@ -41,7 +44,7 @@ var (
 type Config struct {
 	Dir      string // the node's own directory in a bpffs, e.g. /sys/fs/bpf/caracal
 	MaxFlows uint32 // size of the flow table in entries; 0 = DefaultMaxFlows; fixed when the maps are made
-	NodeID   string // written into caracal_state, at most 31 bytes; how agent and plugin know they see the same bpffs
+	NodeID   string // written into caracal_state, at most MaxNodeID bytes; how agent and plugin know they see the same bpffs
 	Timeouts Timeouts
 }
 
@@ -234,8 +237,8 @@ func initState(m *ebpf.Map, cfg Config) error {
 	if state.MaxFlows == 0 {
 		state.MaxFlows = DefaultMaxFlows
 	}
-	if len(cfg.NodeID) >= len(state.Node) {
-		return fmt.Errorf("node id %q: longer than %d bytes", cfg.NodeID, len(state.Node)-1)
+	if len(cfg.NodeID) > MaxNodeID {
+		return fmt.Errorf("node id %q: longer than %d bytes", cfg.NodeID, MaxNodeID)
 	}
 	copy(state.Node[:], cfg.NodeID)
 	if err := m.Put(uint32(0), &state); err != nil {

@@ -45,7 +45,7 @@ var (
 	protocols = map[uint8]string{1: "icmp", 6: "tcp", 17: "udp", 58: "icmpv6", 132: "sctp"}
 	states    = []string{"new", "opening", "answered", "open", "closing", "closed"}
 	entries   = []string{"none", "pod", "stack", "host", "net"}
-	forwards  = []string{"unset", "pod", "stack", "shaped", "reply", "deliver", "net"}
+	forwards  = []string{"unset", "pod", "stack", "shaped", "reply", "deliver", "net", "tunnel"}
 )
 
 func word[T ~uint8](words []string, v T) string {

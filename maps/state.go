@@ -21,6 +21,7 @@ type State struct {
 	MaxFlows uint32 `json:"maxFlows"`
 	Flows    uint32 `json:"flows"`
 	NATPorts Ports  `json:"natPorts"`
+	Tunnel   uint32 `json:"tunnel"` // ifindex of the VXLAN interface; 0: none
 	Node     string `json:"node"`
 	Build    string `json:"build"` // hex
 }
@@ -33,7 +34,7 @@ func (m *Maps) State() (State, error) {
 	}
 	node, _, _ := bytes.Cut(s.Node[:], []byte{0})
 	return State{
-		Epoch: s.Epoch, Version: s.Version, MaxFlows: s.MaxFlows, Flows: s.Flows, NATPorts: Ports{s.NatFirst, s.NatLast},
+		Epoch: s.Epoch, Version: s.Version, MaxFlows: s.MaxFlows, Flows: s.Flows, NATPorts: Ports{s.NatFirst, s.NatLast}, Tunnel: s.Tunnel,
 		Node: string(node), Build: fmt.Sprintf("%x", s.Build),
 	}, nil
 }
@@ -66,6 +67,13 @@ func (m *Maps) SetNATPorts(p Ports) error {
 		var value uint32
 		*(*[2]uint16)(unsafe.Pointer(&value)) = [2]uint16{p.First, p.Last}
 		atomic.StoreUint32(both, value)
+	})
+}
+
+// SetTunnel says which interface what other hosts encapsulate comes in by; 0: none.
+func (m *Maps) SetTunnel(ifindex uint32) error {
+	return m.inState(func(b []byte) {
+		atomic.StoreUint32((*uint32)(unsafe.Pointer(&b[unsafe.Offsetof(bpf.DataplaneState{}.Tunnel)])), ifindex)
 	})
 }
 

@@ -12,6 +12,7 @@ import (
 type Uplink struct {
 	IPv4 netip.Addr `json:"ipv4,omitzero"`
 	IPv6 netip.Addr `json:"ipv6,omitzero"`
+	VNI  uint32     `json:"vni,omitempty"` // of the VXLAN interface, 24 bits (RFC 7348); 0: it is none
 }
 
 // PutUplink writes an uplink's addresses.
@@ -21,7 +22,7 @@ func (m *Maps) PutUplink(ifindex uint32, u Uplink) error {
 		return err
 	}
 	defer pinned.Close()
-	var value bpf.DataplaneUplink
+	value := bpf.DataplaneUplink{Vni: u.VNI}
 	if u.IPv4.IsValid() {
 		value.AddressV4 = Address(u.IPv4)
 	}
@@ -61,7 +62,7 @@ func (m *Maps) Uplinks() (map[uint32]Uplink, error) {
 	all := make(map[uint32]Uplink)
 	entries := pinned.Iterate()
 	for entries.Next(&ifindex, &value) {
-		all[ifindex] = Uplink{IPv4: FromAddress(value.AddressV4), IPv6: FromAddress(value.AddressV6)}
+		all[ifindex] = Uplink{IPv4: FromAddress(value.AddressV4), IPv6: FromAddress(value.AddressV6), VNI: value.Vni}
 	}
 	if err := entries.Err(); err != nil {
 		return nil, fmt.Errorf("list uplinks: %w", err)

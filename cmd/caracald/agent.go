@@ -55,7 +55,11 @@ neither the store is a file of this machine alone.`,
 			if c.NATPorts, errPorts = maps.ParsePorts(ports); errPorts != nil {
 				errPorts = fmt.Errorf("--masquerade-ports: %w", errPorts)
 			}
-			if err := errors.Join(err4, err6, errLabels, errPorts); err != nil {
+			var errVXLAN error
+			if c.VXLANPort < 1 || c.VXLANPort > 65535 || c.VXLANVNI < 1 || c.VXLANVNI >= 1<<24 {
+				errVXLAN = fmt.Errorf("--vxlan-port %d, --vxlan-vni %d: a port, and a number of 24 bits", c.VXLANPort, c.VXLANVNI)
+			}
+			if err := errors.Join(err4, err6, errLabels, errPorts, errVXLAN); err != nil {
 				return err
 			}
 			s, err := ctl.OpenStore(cmd.Context(), config, c.StateDir)
@@ -74,6 +78,8 @@ neither the store is a file of this machine alone.`,
 	f.StringSliceVar(&labels, "label", splitList(os.Getenv("CARACAL_LABELS")), "`KEY=VALUE` of a label of this node, for selectors (repeatable; env CARACAL_LABELS, with commas between)")
 	f.StringSliceVar(&c.Uplinks, "uplink", nil, "`PATTERN` of interfaces that other hosts are behind (repeatable); none: found by the routes to the peers")
 	f.StringVar(&ports, "masquerade-ports", ctl.FromEnv("CARACAL_MASQUERADE_PORTS", cni.MasqueradePorts.String()), "`PORTS` that pods' packets to the outside leave from; none that the host's own connections get (env CARACAL_MASQUERADE_PORTS)")
+	f.IntVar(&c.VXLANPort, "vxlan-port", 4789, "UDP `PORT` for pools with a vxlanMode, the same on all nodes")
+	f.IntVar(&c.VXLANVNI, "vxlan-vni", 4096, "VXLAN network `ID`, likewise")
 	f.IntVar(&c.BGPPort, "bgp-port", 0, "where BGP listens; 0: the BGPConfiguration's or 179; -1: nowhere")
 	f.StringVarP(&config, "config", "c", os.Getenv("CARACAL_CONFIG"), "`FILE` that says where the store is, shaped like calicoctl.cfg (env CARACAL_CONFIG)")
 	f.StringVar(&c.StateDir, "state-dir", ctl.FromEnv("CARACAL_STATE_DIR", cni.DefaultStateDir), "`DIR` that holds node.db (env CARACAL_STATE_DIR)")
