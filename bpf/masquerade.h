@@ -99,9 +99,8 @@ __noinline int take_port(struct __sk_buff *ctx, struct packet *p, int displace)
 	w->pod.port = end_port(&p->key, p->side);
 	if (bpf_map_update_elem(&caracal_natopen, &w->answer, &w->pod, BPF_NOEXIST))
 		return DROP_NAT_PORTS;
-	if (bpf_map_update_elem(&caracal_natopen, &p->key, &w->host,
-				BPF_NOEXIST)) { // another CPU had this flow's packet
-		bpf_map_delete_elem(&caracal_natopen, &w->answer);
+	if (bpf_map_update_elem(&caracal_natopen, &w->inner, &w->host, BPF_NOEXIST)) {
+		bpf_map_delete_elem(&caracal_natopen, &w->answer); // another CPU had this flow's packet
 		return DROP_NAT_PORTS;
 	}
 	return VERDICT_NEXT;
