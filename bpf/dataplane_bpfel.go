@@ -116,15 +116,6 @@ type DataplaneNat struct {
 	Pad     [5]uint8
 }
 
-type DataplaneNatWork struct {
-	_      structs.HostLayout
-	Host   DataplaneNat
-	Pod    DataplaneNat
-	Inner  DataplaneFlowKey
-	Answer DataplaneFlowKey
-	Held   DataplaneFlowKey
-}
-
 type DataplaneNextHop struct {
 	_       structs.HostLayout
 	Ifindex uint32
@@ -215,6 +206,17 @@ type DataplaneUplink struct {
 	AddressV6 [16]uint8
 	Vni       uint32
 	Pad       uint32
+}
+
+type DataplaneWork struct {
+	_      structs.HostLayout
+	Host   DataplaneNat
+	Pod    DataplaneNat
+	Inner  DataplaneFlowKey
+	Answer DataplaneFlowKey
+	Held   DataplaneFlowKey
+	Taken  DataplaneFlowKey
+	Flow   DataplaneFlow
 }
 
 // Names of all BPF objects in the ELF.

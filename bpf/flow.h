@@ -33,12 +33,8 @@ static __always_inline bool expired(const struct flow_key *k, const struct flow 
 // decrement takes one off a counter that another CPU may have reset meanwhile, for an interface's next pod.
 static __always_inline void decrement(__u32 *counter)
 {
-	for (int i = 0; i < 4; i++) {
-		__u32 was = READ_ONCE(*counter);
-
-		if (!was || __sync_val_compare_and_swap(counter, was, was - 1) == was)
-			return;
-	}
+	if ((__s32)__sync_fetch_and_add(counter, -1) <= 0)
+		__sync_fetch_and_add(counter, 1);
 }
 
 // uncharge gives back what a removed flow took.
@@ -67,18 +63,36 @@ static __always_inline bool by_stack(enum flow_entry entered)
 	return entered == ENTERED_STACK || entered == ENTERED_HOST;
 }
 
-// remove_flow removes a confirmed flow; of several removers at once one gives back its charge.
-static __noinline long remove_flow(struct flow_key *k, struct flow *f)
+// remove_flow removes a confirmed flow; of several removers at once one gives back its charge. Who takes the charge out of
+// the element has the flow to itself: it cannot go, nor its key come back with another charge, until it is removed here.
+static __noinline long remove_flow(const struct flow_key *k, struct flow *f)
 {
-	bool masqueraded = f->masqueraded;
-	__u32 charged = f->charged;
+	__u32 charged = __sync_lock_test_and_set(&f->charged, 0);
 
-	if (bpf_map_delete_elem(&caracal_flows, k))
+	if (!charged)
 		return 0;
+	if (bpf_map_lookup_elem(&caracal_flows, k) != f) { // its element is another flow's by now
+		WRITE_ONCE(f->charged, charged);
+		return 0;
+	}
+	bool masqueraded = f->masqueraded;
+
+	bpf_map_delete_elem(&caracal_flows, k);
 	if (masqueraded)
 		forget_nat(k);
 	uncharge(charged);
 	return 1;
+}
+
+// taker finds the flow whose key is in a place of caracal_slots: in w->taken, because another CPU may give the place away.
+static __always_inline struct flow *taker(struct work *w, __u32 slot)
+{
+	struct flow_key *k = bpf_map_lookup_elem(&caracal_slots, &slot);
+
+	if (!k)
+		return NULL;
+	w->taken = *k;
+	return bpf_map_lookup_elem(&caracal_flows, &w->taken);
 }
 
 // take_slot finds a free place in caracal_slots, reclaiming expired flows on its way. Returns the place, or -1.
@@ -86,20 +100,17 @@ static __noinline long remove_flow(struct flow_key *k, struct flow *f)
 __noinline long take_slot(__u64 at)
 {
 	struct state *s = node_state();
+	struct work *w = work();
 
-	if (!s)
+	if (!s || !w)
 		return -1;
 	for (int i = 0; i < SLOT_TRIES; i++) {
 		__u32 slot = __sync_fetch_and_add(&s->hand, 1) % s->max_flows;
-		struct flow_key *k = bpf_map_lookup_elem(&caracal_slots, &slot);
-		struct flow *f;
+		struct flow *f = taker(w, slot);
 
-		if (!k)
-			return -1;
-		f = bpf_map_lookup_elem(&caracal_flows, k);
 		if (!f || f->slot != slot)
 			return slot;
-		if (expired(k, f, at) && remove_flow(k, f))
+		if (expired(&w->taken, f, at) && remove_flow(&w->taken, f))
 			return slot;
 	}
 	return -1;
@@ -110,19 +121,15 @@ __noinline long take_slot(__u64 at)
 __noinline int reclaim(__u64 at)
 {
 	struct state *s = node_state();
+	struct work *w = work();
 
-	if (!s)
+	if (!s || !w)
 		return 0;
 	for (int i = 0; i < SLOT_TRIES; i++) {
-		__u32 slot = bpf_get_prandom_u32() % s->max_flows;
-		struct flow_key *k = bpf_map_lookup_elem(&caracal_slots, &slot);
-		struct flow *f;
+		struct flow *f = taker(w, bpf_get_prandom_u32() % s->max_flows);
 
-		if (!k)
-			return 0;
-		f = bpf_map_lookup_elem(&caracal_flows, k);
-		if (f && expired(k, f, at))
-			remove_flow(k, f);
+		if (f && expired(&w->taken, f, at))
+			remove_flow(&w->taken, f);
 	}
 	return 0;
 }
@@ -146,17 +153,17 @@ __noinline int charge(__u32 pod, __u8 entered, __u64 at)
 	return VERDICT_NEXT;
 }
 
-// confirm moves a flow from caracal_opens to caracal_flows.
+// confirm moves a flow from caracal_opens to caracal_flows, by way of a copy: its element may become another flow's.
 static __noinline int confirm(struct flow_key *k, struct flow *f, __u64 at)
 {
-	bool by_host = f->entered == ENTERED_HOST;
 	struct state *s = node_state();
+	struct work *w = work();
 	struct flow_key *place;
 	struct quota *q;
-	__u32 index, charged = f->charged;
+	__u32 index, charged;
 	long slot, err;
 
-	if (!s)
+	if (!s || !w)
 		return DROP_NO_STATE;
 	slot = take_slot(at);
 	if (slot < 0)
@@ -165,29 +172,31 @@ static __noinline int confirm(struct flow_key *k, struct flow *f, __u64 at)
 	place = bpf_map_lookup_elem(&caracal_slots, &index);
 	if (!place)
 		return DROP_FLOWS_FULL;
+	w->flow = *f;
+	w->flow.slot = index;
+	w->flow.state = FLOW_OPEN;
+	charged = w->flow.charged;
 	// Count first: a remover on another CPU must never see the flow uncounted.
 	__sync_fetch_and_add(&s->flows, 1);
 	q = bpf_map_lookup_elem(&caracal_quota, &charged);
-	if (q && __sync_fetch_and_add(&q->flows, 1) >= q->limit && !by_host) {
+	if (q && __sync_fetch_and_add(&q->flows, 1) >= q->limit && w->flow.entered != ENTERED_HOST) {
 		uncharge(charged);
 		return DROP_QUOTA;
 	}
 	*place = *k;
-	f->slot = index; // means nothing in caracal_opens, so it does no harm to a flow that has taken this element
-	err = bpf_map_update_elem(&caracal_flows, k, f, BPF_NOEXIST);
+	err = bpf_map_update_elem(&caracal_flows, k, &w->flow, BPF_NOEXIST);
 	if (err)
 		uncharge(charged);
 	if (err && err != -17 /* EEXIST: the other side's packet did it */)
 		return DROP_FLOWS_FULL;
 	if (!err && bpf_map_lookup_elem(&caracal_opens, k) != f) {
-		// Displaced while it was copied, which may be another's then. The next packet opens it again.
-		if (!bpf_map_delete_elem(&caracal_flows, k))
-			uncharge(charged);
+		// Displaced while it was copied, so that the copy may be of another. The next packet opens it again.
+		f = bpf_map_lookup_elem(&caracal_flows, k);
+		if (f)
+			remove_flow(k, f);
 		return VERDICT_NEXT;
 	}
 	f = bpf_map_lookup_elem(&caracal_flows, k);
-	if (f && !err)
-		f->state = FLOW_OPEN;
 	if (f && f->masqueraded)
 		keep_nat(k);
 	bpf_map_delete_elem(&caracal_opens, k);

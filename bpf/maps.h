@@ -145,7 +145,7 @@ struct flow {
 	__u64 opened;       // CLOCK_MONOTONIC_COARSE, ns
 	__u32 rule_egress;  // rule that allowed it at the opener; 0: no policy applied
 	__u32 rule_ingress; // rule that allowed it at the responder; 0: no policy applied
-	__u32 charged;      // ifindex of the pod whose quota it counts against
+	__u32 charged;      // ifindex of the pod whose quota it counts against; 0: its removal has begun
 	__u32 slot;         // its place in caracal_slots
 	enum flow_entry entered;
 	enum flow_state state;
@@ -213,19 +213,22 @@ struct {
 	__type(value, struct nat);
 } caracal_natopen SEC(".maps");
 
-// What translating works on: too much for the stack. No program runs inside another on a CPU.
-struct nat_work {
-	struct nat host, pod;                // the entries
-	struct flow_key inner, answer, held; // the new flow's tuples, of the pod and outside; that of who has the port
+// What is too much for the stack. No program of a hook runs inside another on a CPU.
+struct work {
+	struct nat host, pod; // the entries of a masqueraded flow
+	struct flow_key inner, answer,
+	    held;              // its tuples, of the pod and outside; the inner one of who has the port it wants
+	struct flow_key taken; // what held a place of caracal_slots
+	struct flow flow;      // the flow that is confirmed
 };
 
 // caracal_work: one entry.
-// Writer and reader: from_net, to_net.
+// Writer and reader: all hooks.
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, struct nat_work);
+	__type(value, struct work);
 } caracal_work SEC(".maps");
 
 struct uplink {

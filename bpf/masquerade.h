@@ -53,19 +53,12 @@ static __noinline bool host_uses(struct __sk_buff *ctx, const struct packet *p, 
 
 #define HALF_OPEN (-1)
 
-static __always_inline struct nat_work *nat_work(void)
-{
-	__u32 zero = 0;
-
-	return bpf_map_lookup_elem(&caracal_work, &zero);
-}
-
 // take_port writes the entries of a new flow that has w->host outside. VERDICT_NEXT: it has them. HALF_OPEN: a flow has them
 // that nobody has answered yet; displace takes them from it.
 // It is a global function, so that the verifier walks it once and not for each port that is tried.
 __noinline int take_port(struct __sk_buff *ctx, struct packet *p, int displace)
 {
-	struct nat_work *w = nat_work();
+	struct work *w = work();
 	__u64 at = now();
 	struct nat *old;
 	struct flow *f;
@@ -106,10 +99,10 @@ __noinline int take_port(struct __sk_buff *ctx, struct packet *p, int displace)
 	return VERDICT_NEXT;
 }
 
-// allocate finds the address and a port for a new flow. VERDICT_NEXT: they are in nat_work()->host.
+// allocate finds the address and a port for a new flow. VERDICT_NEXT: they are in work()->host.
 static __noinline int allocate(struct __sk_buff *ctx, struct packet *p)
 {
-	struct nat_work *w = nat_work();
+	struct work *w = work();
 	struct state *s = node_state();
 	__u32 ifindex = ctx->ifindex;
 	struct uplink *up = bpf_map_lookup_elem(&caracal_uplinks, &ifindex);
@@ -247,7 +240,7 @@ __noinline int readdress_quoted(struct __sk_buff *ctx, const struct packet *p, c
 // masquerade_stage gives what a pod sends to the outside the host's address.
 static __noinline int masquerade_stage(struct __sk_buff *ctx, struct packet *p)
 {
-	struct nat_work *w = nat_work();
+	struct work *w = work();
 	struct nat *found;
 	struct flow *f;
 	int v;
@@ -296,7 +289,7 @@ static __noinline int masquerade_error(struct __sk_buff *ctx, struct packet *p, 
 // packet now.
 static __noinline int unmasquerade_stage(struct __sk_buff *ctx, struct packet *p)
 {
-	struct nat_work *w = nat_work();
+	struct work *w = work();
 	struct quoted q = {};
 	struct nat *found;
 	struct flow *f;

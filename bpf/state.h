@@ -24,6 +24,13 @@ static __always_inline struct state *node_state(void)
 	return bpf_map_lookup_elem(&caracal_state, &zero);
 }
 
+static __always_inline struct work *work(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&caracal_work, &zero);
+}
+
 static __always_inline __u64 now(void)
 {
 	return bpf_ktime_get_coarse_ns();
