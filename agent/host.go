@@ -17,6 +17,7 @@ import (
 	"github.com/caracal-net/caracal/commit"
 	"github.com/caracal-net/caracal/internal/nl"
 	"github.com/caracal-net/caracal/loader"
+	"github.com/caracal-net/caracal/maps"
 	"github.com/caracal-net/caracal/node"
 )
 
@@ -107,7 +108,9 @@ func (a *Agent) findUplinks(v *view, self *api.Node) (map[string]int, error) {
 			}
 		}
 	}
-	if masquerades(v) {
+	if state, err := a.maps.State(); err != nil {
+		return nil, err
+	} else if masquerades(v) || state.NATPorts != (maps.Ports{}) {
 		outside, err := cni.DefaultUplinks(&netlink.Handle{})
 		if err != nil {
 			return nil, err

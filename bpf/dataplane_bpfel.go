@@ -209,14 +209,16 @@ type DataplaneUplink struct {
 }
 
 type DataplaneWork struct {
-	_      structs.HostLayout
-	Host   DataplaneNat
-	Pod    DataplaneNat
-	Inner  DataplaneFlowKey
-	Answer DataplaneFlowKey
-	Held   DataplaneFlowKey
-	Taken  DataplaneFlowKey
-	Flow   DataplaneFlow
+	_          structs.HostLayout
+	Host       DataplaneNat
+	Pod        DataplaneNat
+	Inner      DataplaneFlowKey
+	Answer     DataplaneFlowKey
+	Held       DataplaneFlowKey
+	Gone       DataplaneFlowKey
+	GoneAnswer DataplaneFlowKey
+	Taken      DataplaneFlowKey
+	Flow       DataplaneFlow
 }
 
 // Names of all BPF objects in the ELF.

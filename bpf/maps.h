@@ -217,9 +217,10 @@ struct {
 struct work {
 	struct nat host, pod; // the entries of a masqueraded flow
 	struct flow_key inner, answer,
-	    held;              // its tuples, of the pod and outside; the inner one of who has the port it wants
-	struct flow_key taken; // what held a place of caracal_slots
-	struct flow flow;      // the flow that is confirmed
+	    held; // its tuples, of the pod and outside; the inner one of who has the port it wants
+	struct flow_key gone, gone_answer; // likewise, of a flow that is removed
+	struct flow_key taken;             // what held a place of caracal_slots
+	struct flow flow;                  // the flow that is confirmed
 };
 
 // caracal_work: one entry.

@@ -26,18 +26,18 @@ static __always_inline struct nat *find_nat(const struct flow_key *k)
 // verifier walks them once; Linux 6.1 takes no argument of such a one for a key.
 __noinline int forget_nat(const struct flow_key *of)
 {
-	struct flow_key k, other = {};
+	struct work *w = work();
 	struct nat *n;
 
-	if (!of)
+	if (!of || !w)
 		return 0;
-	k = *of;
-	n = bpf_map_lookup_elem(&caracal_nat, &k);
+	w->gone = *of;
+	n = bpf_map_lookup_elem(&caracal_nat, &w->gone);
 	if (!n)
 		return 0;
-	swapped(&other, &k, n);
-	bpf_map_delete_elem(&caracal_nat, &other);
-	bpf_map_delete_elem(&caracal_nat, &k);
+	swapped(&w->gone_answer, &w->gone, n);
+	bpf_map_delete_elem(&caracal_nat, &w->gone_answer);
+	bpf_map_delete_elem(&caracal_nat, &w->gone);
 	return 0;
 }
 

@@ -197,6 +197,7 @@ func load(cfg Config, pinned map[string]*ebpf.Map) (*bpf.DataplaneObjects, error
 	// A few more elements than places: a place is taken again just before its old flow's element is free.
 	spec.Maps[bpf.DataplaneMapCaracalFlows].MaxEntries = flows + 1024
 	spec.Maps[bpf.DataplaneMapCaracalSlots].MaxEntries = flows
+	spec.Maps[bpf.DataplaneMapCaracalNat].MaxEntries = 2 * (flows + 1024)
 	for name, m := range pinned {
 		spec.Maps[name].MaxEntries = m.MaxEntries()
 	}

@@ -289,7 +289,7 @@ func TestReadableMaps(t *testing.T) {
 		bpf.DataplaneMapCaracalNat:     {"address_a", "port_b", "address", "port", "side"},
 		bpf.DataplaneMapCaracalNatopen: {"address_a", "port_b", "address", "port", "side"},
 		bpf.DataplaneMapCaracalUplinks: {"address_v4", "address_v6"},
-		bpf.DataplaneMapCaracalWork:    {"host", "pod", "inner", "answer", "held", "taken", "flow"},
+		bpf.DataplaneMapCaracalWork:    {"host", "pod", "inner", "answer", "held", "gone", "taken", "flow"},
 		bpf.DataplaneMapCaracalCounts:  {"packets", "bytes"},
 		bpf.DataplaneMapCaracalState:   {"epoch", "version", "max_flows", "node"},
 	}
