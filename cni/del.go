@@ -264,7 +264,7 @@ func forgetConnections(addrs []netip.Addr) {
 				filters = append(filters, f)
 			}
 		}
-		netlink.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(family(a)), filters...)
+		_, _ = netlink.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(family(a)), filters...)
 	}
 }
 

@@ -7,7 +7,6 @@ import (
 	"os"
 	"strings"
 
-	"go.etcd.io/bbolt"
 	bolterrors "go.etcd.io/bbolt/errors"
 	"golang.org/x/sys/unix"
 
@@ -44,7 +43,7 @@ func classify(path string, err error) error {
 	case boltfile.IsErrno(err, unix.ENOSPC), boltfile.IsErrno(err, unix.EDQUOT):
 		return fmt.Errorf("%s: %w (%w)", path, ErrNoSpace, err)
 	case errors.Is(err, unix.EROFS), errors.Is(err, unix.ENOTDIR), errors.Is(err, fs.ErrPermission),
-		errors.Is(err, bbolt.ErrDatabaseReadOnly):
+		errors.Is(err, bolterrors.ErrDatabaseReadOnly):
 		return fmt.Errorf("%s: %w (%w)", path, ErrReadOnly, err)
 	}
 	return fmt.Errorf("%s: %w", path, err)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"syscall"
@@ -32,15 +33,21 @@ func askOften(client, server *lab.Pod, to netip.Addr, n int) ([]int, error) {
 			return nil, fmt.Errorf("send to %s: %w", to, err)
 		}
 		got, _, from, err := receive(answer)
-		if err != nil || got != question {
-			return nil, fmt.Errorf("%s received %q: %v", server.Name, got, err)
+		if err != nil {
+			return nil, fmt.Errorf("%s waits for %q: %w", server.Name, question, err)
+		}
+		if got != question {
+			return nil, fmt.Errorf("%s received %q, not %q", server.Name, got, question)
 		}
 		if err := unix.Sendto(answer, []byte("answer to "+got), 0, from); err != nil {
 			return nil, err
 		}
 		got, ttl, _, err := receive(ask)
-		if err != nil || got != "answer to "+question {
-			return nil, fmt.Errorf("%s received %q: %v", client.Name, got, err)
+		if err != nil {
+			return nil, fmt.Errorf("%s waits for %q: %w", client.Name, "answer to "+question, err)
+		}
+		if got != "answer to "+question {
+			return nil, fmt.Errorf("%s received %q, not %q", client.Name, got, "answer to "+question)
 		}
 		ttls = append(ttls, ttl)
 	}
@@ -95,8 +102,11 @@ func receive(fd int) (string, int, unix.Sockaddr, error) {
 		return "", 0, nil, err
 	}
 	messages, err := syscall.ParseSocketControlMessage(oob[:on])
-	if err != nil || len(messages) == 0 || len(messages[0].Data) == 0 {
-		return "", 0, nil, fmt.Errorf("no TTL with the datagram: %v", err)
+	if err != nil {
+		return "", 0, nil, fmt.Errorf("read the datagram's TTL: %w", err)
+	}
+	if len(messages) == 0 || len(messages[0].Data) == 0 {
+		return "", 0, nil, errors.New("no TTL with the datagram")
 	}
 	return string(buf[:n]), int(messages[0].Data[0]), from, nil
 }

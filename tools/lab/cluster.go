@@ -143,7 +143,7 @@ func (h *Host) start(name string, cmd *exec.Cmd) error {
 	if err := h.Namespace().Start(cmd); err != nil {
 		return fmt.Errorf("start %s on %s: %w", name, h.Name, err)
 	}
-	go cmd.Wait()
+	go func() { _ = cmd.Wait() }() // how it ended is in its log
 	return os.WriteFile(h.pidFile(name), fmt.Append(nil, cmd.Process.Pid), 0o600)
 }
 

@@ -90,7 +90,7 @@ func FuzzValidate(f *testing.F) {
 			return
 		}
 		if v.Kind != "list" {
-			if _, err := libcni.ConfFromBytes(data); err != nil {
+			if _, err := libcni.NetworkPluginConfFromBytes(data); err != nil {
 				t.Fatalf("valid, but not for libcni: %v", err)
 			}
 			return

@@ -98,17 +98,18 @@ func (o *nodeRunOptions) await(ctx context.Context, out io.Writer, from int64, e
 	if _, err := tail.Seek(from, io.SeekStart); err != nil {
 		return fmt.Errorf("read log: %w", err)
 	}
+	show := func() { _, _ = io.Copy(out, tail) } // it is a courtesy: whether the node is ready is asked elsewhere
 	for {
-		io.Copy(out, tail)
+		show()
 		s, err := agentStatus(ctx, o.socket)
 		if err == nil && s.Ready && len(s.Problems) == 0 {
-			io.Copy(out, tail)
+			show()
 			fmt.Fprintln(out, "Caracal node started successfully")
 			return nil
 		}
 		select {
 		case err := <-ended:
-			io.Copy(out, tail)
+			show()
 			return fmt.Errorf("caracald ended: %w; its log is %s", errors.Join(err, errEnded), o.logFile)
 		case <-ctx.Done():
 			if err == nil {

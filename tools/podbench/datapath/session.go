@@ -156,9 +156,9 @@ func (s *Session) Reap(grace time.Duration) error {
 		}
 		for _, pid := range children {
 			if time.Now().After(deadline) {
-				unix.Kill(pid, unix.SIGKILL)
+				_ = unix.Kill(pid, unix.SIGKILL) // it may have ended
 			}
-			unix.Wait4(pid, nil, unix.WNOHANG, nil)
+			_, _ = unix.Wait4(pid, nil, unix.WNOHANG, nil)
 		}
 		time.Sleep(5 * time.Millisecond)
 	}

@@ -38,7 +38,7 @@ func NewEcho(e End) (*Echo, error) {
 			if errors.Is(err, net.ErrClosed) {
 				return
 			} else if err == nil {
-				echo.conn.WriteToUDPAddrPort(buf[:n], from)
+				_, _ = echo.conn.WriteToUDPAddrPort(buf[:n], from) // a lost answer is the client's to notice
 			}
 		}
 	}()

@@ -105,7 +105,7 @@ type wait struct {
 func (w *wait) again() error {
 	w.spins++
 	if w.spins%8 == 0 {
-		unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
+		_, _, _ = unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
 	}
 	if w.spins%256 != 0 {
 		return nil
