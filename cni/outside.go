@@ -42,10 +42,14 @@ func (a *adding) openOutside(m *maps.Maps) error {
 	return m.SetNATPorts(MasqueradePorts)
 }
 
-// DefaultUplinks finds the interfaces with a default route in the main table: name -> ifindex.
-func DefaultUplinks(h *netlink.Handle) (map[string]int, error) {
+// DefaultUplinks finds the interfaces with a default route in the main table: name -> ifindex. families are netlink.FAMILY_V4
+// and FAMILY_V6; none: both.
+func DefaultUplinks(h *netlink.Handle, families ...int) (map[string]int, error) {
+	if len(families) == 0 {
+		families = []int{netlink.FAMILY_V4, netlink.FAMILY_V6}
+	}
 	found := make(map[string]int)
-	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+	for _, family := range families {
 		routes, err := nl.Dump(func() ([]netlink.Route, error) {
 			return h.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_DST)
 		})

@@ -58,7 +58,11 @@ func TestScripts(t *testing.T) {
 			testscript.Run(t, testscript.Params{
 				Files: []string{script},
 				Setup: func(e *testscript.Env) error {
-					h := lab.New(t, lab.Config{Caracal: plugin}).Hosts()[0]
+					cfg := lab.Config{Caracal: plugin}
+					if strings.HasSuffix(script, "_outside.txtar") { // there is a world outside, and pods are masqueraded
+						cfg.Outside, cfg.Plugin = true, map[string]any{"ipMasq": true}
+					}
+					h := lab.New(t, cfg).Hosts()[0]
 					e.Values[runKey{}] = &run{t: t, host: h, ctl: ctl}
 					for k, v := range map[string]string{
 						"STATE": h.StateDir(), "BPFFS": h.BPFDir(), "CACHE": h.CacheDir(), "NET": h.Lab().Name,

@@ -46,6 +46,7 @@ var checks = []struct {
 	{"addresses", (*doctor).checkAddresses},
 	{"uplinks", (*doctor).checkUplinks},
 	{"routes", (*doctor).checkRoutes},
+	{"masquerade", (*doctor).checkMasquerade},
 	{"agent", (*doctor).checkAgent},
 	{"probe", (*doctor).checkProbes},
 	{"mtu", (*doctor).checkMTU},

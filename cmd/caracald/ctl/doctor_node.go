@@ -1,6 +1,7 @@
 package ctl
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -292,7 +293,7 @@ func (d *doctor) checkDrops() error {
 	}
 	for i, c := range now {
 		if n := c.Packets - d.before[i].Packets; c.Dropped() && n > 0 {
-			d.found(statusWarn, c.Verdict, "caracalctl counters --drops --watch 1s shows whether it goes on",
+			d.found(statusWarn, c.Verdict, cmp.Or(natRemedies[c.Verdict], "caracalctl counters --drops --watch 1s shows whether it goes on"),
 				"%d packets at %s while doctor ran: %s", n, c.Hook, c.Meaning)
 		}
 	}

@@ -82,12 +82,17 @@ func (d *doctor) troubles(all []node.Endpoint) ([]trouble, error) {
 // delTakes is longer than a DEL needs from taking the first thing away to forgetting the record.
 const delTakes = 300 * time.Millisecond
 
-// lookAgain keeps what is wrong still, with pods that are recorded still.
-func (d *doctor) lookAgain(found []trouble) ([]trouble, error) {
+// pause waits for what a DEL or the agent may be doing.
+func (d *doctor) pause() {
 	select {
 	case <-time.After(delTakes):
 	case <-d.cmd.Context().Done():
 	}
+}
+
+// lookAgain keeps what is wrong still, with pods that are recorded still.
+func (d *doctor) lookAgain(found []trouble) ([]trouble, error) {
+	d.pause()
 	var again []node.Endpoint
 	err := d.view(d.cmd.Context(), func(tx *node.Tx) error {
 		for _, t := range found {

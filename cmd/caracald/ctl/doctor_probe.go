@@ -82,7 +82,7 @@ func (d *doctor) checkProbes() error {
 		case p.echo.fault != "":
 			d.found(statusFail, about, "mend what the lines above say, then the route there (ip route get "+about+")", "%s: %s", p.what, p.echo.fault)
 		default:
-			d.found(statusFail, about, "mend what the lines above say; else look at its own end, at its way back to the pod, and for a firewall (caracalctl counters has what is dropped here)",
+			d.found(statusFail, about, "mend what the lines above say; else look at its own end, at "+d.wayBack(from, p.to)+", and for a firewall (caracalctl counters has what is dropped here)",
 				"%s does not answer %s: %d echoes of %v each", p.what, recorded(from).title(), patient, d.timeout)
 		}
 	}
@@ -304,7 +304,7 @@ func (d *doctor) checkDNS() error {
 		default:
 			began := time.Now()
 			if err := d.query(from.Netns, own, netip.AddrPortFrom(s, 53)); err != nil {
-				d.found(statusWarn, s.String(), "a fault only if pods are to use this server: is it up, has it a way back to the pod, does a firewall let them through?", "no answer to a query from %s: %v", recorded(from).title(), err)
+				d.found(statusWarn, s.String(), "a fault only if pods are to use this server: is it up, does a firewall let them through, and look at "+d.wayBack(from, s), "no answer to a query from %s: %v", recorded(from).title(), err)
 			} else {
 				d.found(statusOK, s.String(), "", "answers %s in %v", recorded(from).title(), time.Since(began).Round(time.Microsecond))
 			}

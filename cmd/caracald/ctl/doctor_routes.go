@@ -30,8 +30,8 @@ func (d *doctor) remotes() []maps.Route {
 	return remote
 }
 
-// uplinks names the interfaces that carry, or should carry, the programs for other nodes' packets: those with pinned links,
-// those that the agent says, and those by which routes to other nodes leave.
+// uplinks names the interfaces that carry, or should carry, the programs for other nodes' packets and masqueraded ones: those
+// with pinned links, those that the agent says, and those by which routes to other nodes, or masqueraded packets, leave.
 func (d *doctor) uplinks() []string {
 	names, _ := loader.Uplinks(d.bpffsDir)    // what can't be listed is checkKernel's to tell
 	names = append(names, d.agent.Uplinks...) // one that is attached by clsact has no pins
@@ -42,11 +42,12 @@ func (d *doctor) uplinks() []string {
 		}
 		names = append(names, name)
 	}
+	names = append(names, d.waysOut()...)
 	slices.Sort(names)
 	return slices.Compact(names)
 }
 
-// checkUplinks: the interfaces to other nodes are up and carry from_net and to_net.
+// checkUplinks: the interfaces to other nodes, and to the outside of masqueraded pods, are up and carry from_net and to_net.
 func (d *doctor) checkUplinks() error {
 	names := d.uplinks()
 	for _, name := range names {
@@ -59,13 +60,13 @@ func (d *doctor) checkUplinks() error {
 			d.found(statusFail, name, "ip link set "+name+" up", "it is down")
 		}
 		if _, err := loader.AttachedNet(d.bpffsDir, name, l.Attrs().Index); err != nil {
-			d.found(statusFail, name, "restart the agent (systemctl restart caracald), which attaches them",
-				"%v, though other nodes are behind it", err)
+			d.found(statusFail, name, "restart the agent (systemctl restart caracald), which attaches them; --uplink names it",
+				"%v, though other nodes, or the outside of masqueraded pods, are behind it", err)
 		}
 	}
 	switch {
 	case len(names) == 0:
-		d.skipped("this node knows of no other node")
+		d.skipped("this node knows of no other node, and masquerades no pod")
 	case d.silent():
 		d.ok("up, with the programs attached: %s", strings.Join(names, ", "))
 	}

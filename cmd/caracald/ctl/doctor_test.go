@@ -192,3 +192,49 @@ func TestChecksum(t *testing.T) {
 		t.Errorf("%#x", got)
 	}
 }
+
+// TestListening: sockets that wait for anybody are found, of both families and protocols, and no others.
+func TestListening(t *testing.T) {
+	tcp, err := net.Listen("tcp", "[::]:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tcp.Close()
+	udp, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer udp.Close()
+	client, err := net.Dial("udp4", udp.LocalAddr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	for _, c := range []struct {
+		table string
+		addr  net.Addr
+		want  bool
+	}{{"tcp6", tcp.Addr(), true}, {"udp", udp.LocalAddr(), true}, {"udp", client.LocalAddr(), false}} {
+		at, err := listening(c.table)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := slices.Contains(at, netip.MustParseAddrPort(c.addr.String())); got != c.want {
+			t.Errorf("%s in %s: %t, want %t", c.addr, c.table, got, c.want)
+		}
+	}
+}
+
+// FuzzListening: whatever is in the table, what is read of it are addresses.
+func FuzzListening(f *testing.F) {
+	f.Add("  sl  local_address rem_address   st\n   0: 0100007F:EE48 00000000:0000 0A 00000000:00000000\n")
+	f.Add("   0: 00000000000000000000000001000000:EE48 00000000000000000000000000000000:0000 07\n")
+	f.Add("0: 0100007:1 x 0A\n0: :1 x 0A\n0: 0100007F x 0A\n0: 0100007F:10000 x 0A")
+	f.Fuzz(func(t *testing.T, table string) {
+		for _, a := range parseListening(table) {
+			if !a.IsValid() {
+				t.Errorf("%q: %v", table, a)
+			}
+		}
+	})
+}
