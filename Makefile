@@ -28,7 +28,7 @@ test: build ## install what the tests need (Debian) and run every test; needs ro
 	./.ci/kernels
 	CARACAL_BIN_DIR=$(CURDIR)/bin CARACAL_NO_SKIPS=1 $(GO) test -count=1 -timeout 20m ./...
 
-demo: build ## show pods on one simulated host, then on three; needs Go, root and Linux 6.1
+demo: build ## show pods on one simulated host, then on three and outside; needs Go, root and Linux 6.1
 	@$(GO) run ./tools/demo
 
 bench: build ## compare pod-to-pod latency: bare veth, redirect only, bridge, ptp, Caracal

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os/exec"
 	"strings"
 	"time"
 
@@ -13,7 +14,7 @@ import (
 	"github.com/caracal-net/caracal/tools/lab"
 )
 
-// journey is the demo's second part: hosts without a datastore, each told of the others and of its own block.
+// journey is the demo's second part: hosts without a datastore, each told of the others and of all blocks, and a world outside.
 type journey struct {
 	ctx  context.Context
 	lab  *lab.Lab
@@ -21,7 +22,7 @@ type journey struct {
 }
 
 func (j *journey) walk() error {
-	for _, step := range []func() error{j.start, j.peer, j.add, j.talk, j.look} {
+	for _, step := range []func() error{j.start, j.peer, j.add, j.talk, j.trace, j.leave, j.look} {
 		if err := step(); err != nil {
 			return err
 		}
@@ -37,8 +38,14 @@ func (j *journey) start() error {
 		for _, o := range j.lab.Hosts() {
 			fmt.Fprintf(&text, "apiVersion: projectcalico.org/v3\nkind: Node\nmetadata: {name: %s}\nspec: {bgp: {ipv4Address: %s/24, ipv6Address: '%s/64'}}\n---\n", o.Name, o.Addr(), o.Addr6())
 		}
-		for i, p := range h.Pools() {
-			fmt.Fprintf(&text, "apiVersion: projectcalico.org/v3\nkind: IPPool\nmetadata: {name: own%d}\nspec: {cidr: '%s'}\n---\n", i, p)
+		for _, o := range j.lab.Hosts() {
+			how := "disabled: true" // no address of it is given out here: it is known to be inside
+			if o.Number == h.Number {
+				how = "natOutgoing: true"
+			}
+			for i, p := range o.Pools() {
+				fmt.Fprintf(&text, "apiVersion: projectcalico.org/v3\nkind: IPPool\nmetadata: {name: %s-%d}\nspec: {cidr: '%s', %s}\n---\n", o.Name, i, p, how)
+			}
 		}
 		if h.Number == 1 {
 			fmt.Printf("h1# caracalctl apply -f - <<end\n%send\n", text.String())
@@ -100,19 +107,53 @@ func (j *journey) add() error {
 func (j *journey) talk() error {
 	title("web-h1 asks web-h2 a hundred times; two routers between them take 2 off the TTL of 64, every time")
 	for _, to := range []netip.Addr{j.pods[1].Addr(), j.pods[1].Addr6()} {
-		begin := time.Now()
-		ttls, err := askOften(j.pods[0], j.pods[1], to, 100)
-		if err != nil {
+		if err := askHundred(j.pods[0].Namespace(), j.pods[1].Namespace(), to, 62); err != nil {
 			return err
-		}
-		fmt.Printf("to %-18s TTL of answer 1: %d, of answer 100: %d, mean round trip %s\n", to, ttls[0], ttls[99], (time.Since(begin) / 100).Round(time.Microsecond))
-		for i, ttl := range ttls {
-			if ttl != 62 {
-				return fmt.Errorf("answer %d has TTL %d", i+1, ttl)
-			}
 		}
 	}
 	return nil
+}
+
+// trace shows the routers between two pods, if there is something to show them with.
+func (j *journey) trace() error {
+	if _, err := exec.LookPath("traceroute"); err != nil {
+		return nil
+	}
+	out, err := j.pods[0].Exec(j.ctx, "traceroute", "-n", "-q", "1", "-w", "1", "-m", "5", j.pods[1].Addr().String())
+	if err != nil {
+		return nil // one that knows other options
+	}
+	title("web-h1# traceroute -n %s", j.pods[1].Addr())
+	fmt.Print(out)
+	return nil
+}
+
+// leave asks the world outside, which has no route to any pod.
+func (j *journey) leave() error {
+	title("web-h1 asks the world outside, which knows no pod, and sees h1")
+	h, p := j.lab.Host(1), j.pods[0]
+	for _, way := range []struct{ to, seen netip.Addr }{{lab.Outside4, h.Addr()}, {lab.Outside6, h.Addr6()}} {
+		got, err := askOften(p.Namespace(), j.lab.Outside(), way.to, 3)
+		if err != nil {
+			return err
+		}
+		fmt.Printf("%-17s was asked by %s\n", way.to, got.by)
+		if got.by.Addr() != way.seen {
+			return fmt.Errorf("the world sees %s, not %s", got.by, way.seen)
+		}
+	}
+	if _, err := exec.LookPath("ping"); err == nil {
+		title("web-h1# ping %s", lab.Outside4)
+		out, err := p.Exec(j.ctx, "ping", "-c", "1", lab.Outside4.String())
+		fmt.Print(out)
+		if err != nil {
+			return err
+		}
+	}
+	title("h1# caracalctl flows --pod web-h1 --state open")
+	out, err := h.Exec(j.ctx, "caracalctl", "flows", "--pod", p.Name, "--state", "open")
+	fmt.Print(out)
+	return err
 }
 
 func (j *journey) look() error {
