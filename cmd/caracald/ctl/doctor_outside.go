@@ -112,7 +112,7 @@ func (d *doctor) compareUplinks(v4, v6 bool) (outside []string, wrong []diagnosi
 	}
 	add := func(status, name, format string, args ...any) {
 		wrong = append(wrong, diagnosis{Name: d.check + " " + name, Status: status, Detail: fmt.Sprintf(format, args...),
-			Remedy: "restart the agent (systemctl restart caracald), which writes what the interface has; --uplink names it"})
+			Remedy: "restart the agent (systemctl restart caracald), which writes what the interface has; if it has none: " + natRemedies["drop_nat_address"]})
 	}
 	for _, name := range d.uplinks() {
 		index, err := nl.Index(name)
@@ -124,7 +124,8 @@ func (d *doctor) compareUplinks(v4, v6 bool) (outside []string, wrong []diagnosi
 		}
 		u, there := entries[uint32(index)]
 		if !there {
-			add(statusWarn, name, "caracal_uplinks has no entry of it: what masqueraded pods send by it is dropped (drop_nat_address)")
+			add(statusFail, name, "caracal_uplinks has no entry of it: what masqueraded pods send by it is dropped (drop_nat_address)")
+			continue
 		}
 		for _, f := range []struct {
 			word   string
