@@ -22,7 +22,7 @@ type journey struct {
 }
 
 func (j *journey) walk() error {
-	for _, step := range []func() error{j.start, j.peer, j.add, j.talk, j.trace, j.leave, j.look} {
+	for _, step := range []func() error{j.start, j.peer, j.add, j.talk, j.trace, j.leave, j.examine, j.look} {
 		if err := step(); err != nil {
 			return err
 		}
@@ -152,6 +152,14 @@ func (j *journey) leave() error {
 	}
 	title("h1# caracalctl flows --pod web-h1 --state open")
 	out, err := h.Exec(j.ctx, "caracalctl", "flows", "--pod", p.Name, "--state", "open")
+	fmt.Print(out)
+	return err
+}
+
+// examine leaves out the machine's name servers, which no pod of the lab can reach.
+func (j *journey) examine() error {
+	title("h1# caracalctl doctor --to %s --resolv-conf /dev/null", lab.Outside4)
+	out, err := j.lab.Host(1).Exec(j.ctx, "caracalctl", "doctor", "--to", lab.Outside4.String(), "--resolv-conf", "/dev/null")
 	fmt.Print(out)
 	return err
 }

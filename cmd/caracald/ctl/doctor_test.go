@@ -19,6 +19,7 @@ import (
 
 	"github.com/caracal-net/caracal/agent"
 	"github.com/caracal-net/caracal/bgp"
+	"github.com/caracal-net/caracal/maps"
 )
 
 // TestDoctorAgent: what each answer of the agent's is called.
@@ -221,6 +222,30 @@ func TestListening(t *testing.T) {
 		}
 		if got := slices.Contains(at, netip.MustParseAddrPort(c.addr.String())); got != c.want {
 			t.Errorf("%s in %s: %t, want %t", c.addr, c.table, got, c.want)
+		}
+	}
+}
+
+// TestComparePorts: a port that the host's connections may get, and that it listens on, is told; one of its loopback is not.
+func TestComparePorts(t *testing.T) {
+	for address, want := range map[string]bool{"0.0.0.0:0": true, "127.0.0.1:0": false} {
+		l, err := net.Listen("tcp4", address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		port := netip.MustParseAddrPort(l.Addr().String()).Port()
+		d := newExamination(t)
+		if err := d.comparePorts(maps.Ports{First: port, Last: port}); err != nil {
+			t.Fatal(err)
+		}
+		var own, listens bool
+		for _, f := range d.diagnoses {
+			own = own || strings.Contains(f.Detail, "ip_local_port_range")
+			listens = listens || strings.HasSuffix(f.Detail, fmt.Sprintf("tcp/%d", port))
+		}
+		if !own || listens != want {
+			t.Errorf("%s: doctor says %+v", address, d.diagnoses)
 		}
 	}
 }
