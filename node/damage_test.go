@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -340,7 +341,7 @@ func TestNotAFile(t *testing.T) {
 			t.Fatal(err)
 		}
 		for range 2 {
-			if _, err := Open(context.Background(), dir, Options{}); !errors.Is(err, ErrCorrupt) {
+			if _, err := Open(context.Background(), dir, Options{}); !errors.Is(err, ErrCorrupt) || strings.Count(err.Error(), ErrCorrupt.Error()) != 1 {
 				t.Errorf("%s: %v", name, err)
 			}
 			if _, err := OpenReadOnly(context.Background(), dir, Options{}); !errors.Is(err, ErrCorrupt) {

@@ -34,8 +34,8 @@ var (
 // classify gives an error its sentinel.
 func classify(path string, err error) error {
 	switch {
-	case err == nil:
-		return nil
+	case err == nil, errors.Is(err, ErrCorrupt):
+		return err
 	case errors.Is(err, bolterrors.ErrTimeout):
 		return fmt.Errorf("%s: %w%s", path, ErrLocked, holder(path))
 	case boltfile.IsCorrupt(err):
