@@ -393,6 +393,9 @@ func (a *adding) recordOnce(ctx context.Context) (old []node.Endpoint, err error
 		if len(a.veth.addrs) > maps.PodAddresses {
 			return fail(codeConfig, "%d addresses for one interface: at most %d", len(a.veth.addrs), maps.PodAddresses)
 		}
+		if hasV6(a.veth.addrs) && a.veth.mtu < minMTU6 {
+			return fail(codeConfig, "mtu %d: IPv6 needs %d at least; set mtu, or assign no IPv6 address", a.veth.mtu, minMTU6)
+		}
 		if err := recordSysctls(tx, a.sysctls); err != nil {
 			return err
 		}

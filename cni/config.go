@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"path/filepath"
 	"strings"
 
 	"github.com/containernetworking/cni/pkg/types"
@@ -158,6 +159,9 @@ func ParseConfig(data []byte) (*Config, error) {
 	if c.MTU != 0 && (c.MTU < 68 || c.MTU > 65535) {
 		return nil, fail(codeConfig, "mtu %d: not between 68 and 65535", c.MTU)
 	}
+	if strings.Contains(filepath.Base(c.BPFFSDir), ".") {
+		return nil, fail(codeConfig, "bpffs_dir %q: a bpf file system takes no names with a '.'", c.BPFFSDir)
+	}
 	if _, err := c.level(); err != nil {
 		return nil, err
 	}
@@ -248,6 +252,8 @@ func decodeError(data []byte, err error) *Error {
 	var syntax *json.SyntaxError
 	var typed *json.UnmarshalTypeError
 	switch {
+	case errors.As(err, &typed) && typed.Field == "":
+		return fail(codeConfig, "configuration on stdin: JSON, but a value of type %s where an object belongs", typed.Value)
 	case errors.As(err, &typed):
 		return fail(codeConfig, "configuration key %q: a %s where a %s belongs (%s)", typed.Field, typed.Value, typed.Type, position(data, typed.Offset))
 	case errors.As(err, &syntax):
@@ -357,7 +363,7 @@ func (c *Config) mac(env *Env) (net.HardwareAddr, error) {
 		return nil, nil
 	}
 	m, err := net.ParseMAC(s)
-	if err != nil || len(m) != 6 || m[0]&1 == 1 {
+	if err != nil || len(m) != 6 || m[0]&1 == 1 || bytes.Equal(m, make([]byte, 6)) {
 		return nil, fail(codeConfig, "%s: %q is not a unicast Ethernet address", from, s)
 	}
 	return m, nil

@@ -42,6 +42,8 @@ func ParseEnv(getenv func(string) string) (*Env, error) {
 		}
 		if need("CNI_IFNAME", e.IfName) && !validIfName(e.IfName) {
 			bad = append(bad, "CNI_IFNAME "+quoted(e.IfName)+" is no interface name: 1 to 15 bytes, not . or .., without '/', ':' and white space")
+		} else if e.Command == "ADD" && !isVerbatim(e.IfName) {
+			bad = append(bad, "CNI_IFNAME "+quoted(e.IfName)+" is no name that the kernel gives an interface: all, default, or one with a '%'")
 		}
 		if e.Command != "DEL" {
 			need("CNI_NETNS", e.Netns)

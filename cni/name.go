@@ -43,3 +43,9 @@ func validIfName(s string) bool {
 	return s != "" && len(s) < unix.IFNAMSIZ && s != "." && s != ".." &&
 		!strings.ContainsFunc(s, func(r rune) bool { return r == '/' || r == ':' || unicode.IsSpace(r) })
 }
+
+// isVerbatim tells whether an interface that is made with a valid name gets that very one: the kernel keeps "all" and
+// "default" for sysctls, and takes '%' for the place of a number.
+func isVerbatim(s string) bool {
+	return s != "all" && s != "default" && !strings.Contains(s, "%")
+}

@@ -44,6 +44,9 @@ var (
 // hostMAC is the address of every host end, as on a Calico node.
 var hostMAC = net.HardwareAddr{0xee, 0xee, 0xee, 0xee, 0xee, 0xee}
 
+// minMTU6 is the least MTU that IPv6 works on, bytes (RFC 8200, section 5).
+const minMTU6 = 1280
+
 // veth is the pair of one attachment.
 type veth struct {
 	hostName, podName string

@@ -219,6 +219,8 @@ func TestRequested(t *testing.T) {
 		{object{"runtimeConfig": object{"ips": []string{"bogus"}}}, 7, "bogus"},
 		{object{"runtimeConfig": object{"mac": "01:00:5e:00:00:01"}}, 7, "unicast"},
 		{object{"runtimeConfig": object{"mac": "zz"}}, 7, "zz"},
+		{object{"runtimeConfig": object{"mac": "00:00:00:00:00:00"}}, 7, "unicast"},
+		{object{"mtu": 1279}, 7, "1280"},
 	} {
 		p := h.pod()
 		p.conf = c.conf

@@ -38,6 +38,8 @@ func TestEnvironment(t *testing.T) {
 		{"CNI_COMMAND=ADD CNI_CONTAINERID=a CNI_NETNS=" + p.netns + " CNI_IFNAME=a/b", []string{"CNI_IFNAME"}},
 		{"CNI_COMMAND=ADD CNI_CONTAINERID=a CNI_NETNS=" + p.netns + " CNI_IFNAME=..", []string{"CNI_IFNAME"}},
 		{"CNI_COMMAND=ADD CNI_CONTAINERID=a CNI_NETNS=" + p.netns + " CNI_IFNAME=a:b", []string{"CNI_IFNAME"}},
+		{"CNI_COMMAND=ADD CNI_CONTAINERID=a CNI_NETNS=" + p.netns + " CNI_IFNAME=a%db", []string{"CNI_IFNAME", "a%db"}},
+		{"CNI_COMMAND=ADD CNI_CONTAINERID=a CNI_NETNS=" + p.netns + " CNI_IFNAME=all", []string{"CNI_IFNAME", "all"}},
 		{"CNI_COMMAND=ADD CNI_CONTAINERID=a CNI_NETNS=" + p.netns + " CNI_IFNAME=eth0 CNI_ARGS=FOO=bar", []string{"CNI_ARGS", "FOO", "IgnoreUnknown"}},
 		{"CNI_COMMAND=ADD CNI_CONTAINERID=a CNI_NETNS=" + p.netns + " CNI_IFNAME=eth0 CNI_ARGS=FOO", []string{"CNI_ARGS", "FOO"}},
 	} {
@@ -80,6 +82,7 @@ func TestHostileConfigs(t *testing.T) {
 		{"bad name", `{"cniVersion":"1.0.0","name":"../x"}`, 7},
 		{"NUL name", `{"cniVersion":"1.0.0","name":"a\u0000b"}`, 7},
 		{"NUL path", `{"cniVersion":"1.0.0","name":"n","state_dir":"/tmp/a\u0000b"}`, 0},
+		{"dot in bpffs", `{"cniVersion":"1.0.0","name":"n","bpffs_dir":"/sys/fs/bpf/a.b"}`, 7},
 		{"relative path", `{"cniVersion":"1.0.0","name":"n","state_dir":"x"}`, 7},
 		{"pool", `{"cniVersion":"1.0.0","name":"n","ipam":{"ipv4_pools":["10.0.0.0"]}}`, 7},
 		{"pool of the other family", `{"cniVersion":"1.0.0","name":"n","ipam":{"ipv4_pools":["fd00::/64"]}}`, 7},
