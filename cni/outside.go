@@ -16,30 +16,49 @@ import (
 // gives to the host's own connections (ip_local_port_range).
 var MasqueradePorts = maps.Ports{First: 61000, Last: 65535}
 
-// openOutside makes the node masquerade, when no agent has: a node's first pod that wants it puts the programs onto the
-// interfaces with a default route. An agent that comes later follows what changes there.
+// openOutside makes the node masquerade, unless it does: a pod that wants it puts the programs onto the interfaces with a
+// default route. What changes there later the settler of a later ADD follows, or an agent does at once.
 func (a *adding) openOutside(m *maps.Maps) error {
 	state, err := m.State()
-	if err != nil || state.NATPorts != (maps.Ports{}) {
-		return err
-	}
-	uplinks, err := DefaultUplinks(a.sides.host)
 	if err != nil {
 		return err
 	}
-	for name, index := range uplinks {
-		u, err := UplinkAddresses(a.sides.host, index, netip.Addr{}, netip.Addr{})
+	uplinks, err := m.Uplinks()
+	if err != nil || state.NATPorts != (maps.Ports{}) && len(uplinks) > 0 {
+		return err
+	}
+	if err := followOutside(a.sides.host, m, a.c.BPFFSDir, uplinks); err != nil || state.NATPorts != (maps.Ports{}) {
+		return err
+	}
+	return m.SetNATPorts(MasqueradePorts)
+}
+
+// followOutside puts the programs onto the interfaces with a default route that are not among the uplinks there yet, and
+// replaces addresses that an interface has lost. Uplinks without a default route stay: they may be an agent's. Callers hold
+// the node lock.
+func followOutside(h *netlink.Handle, m *maps.Maps, bpffs string, there map[uint32]maps.Uplink) error {
+	defaults, err := DefaultUplinks(h)
+	if err != nil {
+		return err
+	}
+	for name, index := range defaults {
+		old, attached := there[uint32(index)]
+		u, err := UplinkAddresses(h, index, old.IPv4, old.IPv6)
 		if err != nil {
 			return err
 		}
-		if err := m.PutUplink(uint32(index), u); err != nil {
-			return err
+		if !attached { // before the entry, which says that it is done
+			if err := loader.AttachNet(bpffs, name, index); err != nil {
+				return err
+			}
 		}
-		if err := loader.AttachNet(a.c.BPFFSDir, name, index); err != nil {
-			return err
+		if !attached || u != old {
+			if err := m.PutUplink(uint32(index), u); err != nil {
+				return err
+			}
 		}
 	}
-	return m.SetNATPorts(MasqueradePorts)
+	return nil
 }
 
 // DefaultUplinks finds the interfaces with a default route in the main table: name -> ifindex. families are netlink.FAMILY_V4

@@ -78,7 +78,7 @@ func (s *settler) run(ctx context.Context) error {
 	return errors.Join(append(errs, s.setNode(ctx), s.p.sweepPins(ctx, s.c))...)
 }
 
-// setNode follows the host's addresses.
+// setNode follows the host's addresses, and the way out that masqueraded pods take.
 func (s *settler) setNode(ctx context.Context) error {
 	m, err := maps.Open(s.c.BPFFSDir)
 	if errors.Is(err, maps.ErrNotLoaded) {
@@ -93,7 +93,19 @@ func (s *settler) setNode(ctx context.Context) error {
 		return err
 	}
 	defer lock.Unlock()
-	return s.p.setNode(ctx, s.c, &netlink.Handle{}, m)
+	host := &netlink.Handle{}
+	if err := s.p.setNode(ctx, s.c, host, m); err != nil {
+		return err
+	}
+	state, err := m.State()
+	if err != nil || state.NATPorts == (maps.Ports{}) {
+		return err
+	}
+	uplinks, err := m.Uplinks()
+	if err != nil {
+		return err
+	}
+	return followOutside(host, m, s.c.BPFFSDir, uplinks)
 }
 
 // waitQuiet waits until the last ADD or DEL is a second old, but not beyond a time.

@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -112,4 +114,47 @@ func TestOutsideAlone(t *testing.T) {
 			t.Errorf("the world sees %s (%v), want %s", seen, err, want)
 		}
 	}
+}
+
+// TestOutsideMoves: without an agent, pods that were added when there was no default route reach the world when a later pod
+// is added, and follow the default route to another interface.
+func TestOutsideMoves(t *testing.T) {
+	testenv.NeedRoot(t)
+	l := lab.New(t, lab.Config{Hosts: 1, Outside: true, Caracal: testenv.Bin(t, "caracal"), Plugin: map[string]any{"ipMasq": true}})
+	h := l.Host(1)
+	ip := func(n lab.Namespace, arg ...string) string {
+		t.Helper()
+		out, err := n.Exec(t.Context(), append([]string{"ip"}, arg...)...)
+		must(t, err)
+		return out
+	}
+	way := strings.Fields(ip(h.Namespace(), "-4", "route", "show", "default")) // default via ...
+	ip(h.Namespace(), "route", "del", "default")
+	ip(h.Namespace(), "-6", "route", "del", "default")
+	a := h.TestPod(t, "a", lab.PodOptions{})
+	if seen, err := seenBy(t, l, a, lab.Outside4); err == nil {
+		t.Errorf("without a way out, the world sees %s", seen)
+	}
+
+	ip(h.Namespace(), append([]string{"route", "add"}, way...)...)
+	b := h.TestPod(t, "b", lab.PodOptions{})
+	for _, p := range []*lab.Pod{b, a} {
+		if seen, err := seenBy(t, l, p, lab.Outside4); err != nil || seen.Addr() != h.Addr() {
+			t.Errorf("with a way out, the world sees %s (%v), want %s", seen, err, h.Addr())
+		}
+	}
+
+	ip(h.Namespace(), "link", "add", "second", "type", "veth", "peer", "name", "second", "netns", filepath.Base(l.Outside().Netns))
+	for addr, n := range map[string]lab.Namespace{"192.0.2.129/30": h.Namespace(), "192.0.2.130/30": l.Outside()} {
+		ip(n, "addr", "add", addr, "dev", "second")
+		ip(n, "link", "set", "second", "up")
+	}
+	ip(h.Namespace(), "route", "replace", "default", "via", "192.0.2.130")
+	h.TestPod(t, "c", lab.PodOptions{})
+	eventually(t, "the pods to leave by the other interface", func() error {
+		if seen, err := seenBy(t, l, a, lab.Outside4); err != nil || seen.Addr() != netip.MustParseAddr("192.0.2.129") {
+			return fmt.Errorf("the world sees %s (%v)", seen, err)
+		}
+		return nil
+	})
 }
