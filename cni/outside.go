@@ -1,6 +1,7 @@
 package cni
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 
@@ -33,9 +34,9 @@ func (a *adding) openOutside(m *maps.Maps) error {
 	return m.SetNATPorts(MasqueradePorts)
 }
 
-// followOutside puts the programs onto the interfaces with a default route that are not among the uplinks there yet, and
-// replaces addresses that an interface has lost. Uplinks without a default route stay: they may be an agent's. Callers hold
-// the node lock.
+// followOutside puts the programs onto the interfaces with a default route that are not among the uplinks there yet,
+// replaces addresses that an interface has lost, and forgets interfaces that are gone. Others without a default route stay:
+// they may be an agent's. Callers hold the node lock.
 func followOutside(h *netlink.Handle, m *maps.Maps, bpffs string, there map[uint32]maps.Uplink) error {
 	defaults, err := DefaultUplinks(h)
 	if err != nil {
@@ -56,6 +57,26 @@ func followOutside(h *netlink.Handle, m *maps.Maps, bpffs string, there map[uint
 			if err := m.PutUplink(uint32(index), u); err != nil {
 				return err
 			}
+		}
+	}
+	for index := range there {
+		if _, err := nl.Name(int(index)); !errors.Is(err, unix.ENODEV) {
+			continue
+		}
+		if err := m.RemoveUplink(index); err != nil {
+			return err
+		}
+	}
+	names, err := loader.Uplinks(bpffs)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if !gone(name) {
+			continue
+		}
+		if err := loader.DetachNet(bpffs, name); err != nil {
+			return err
 		}
 	}
 	return nil

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caracal-net/caracal/loader"
 	"github.com/caracal-net/caracal/tests/testenv"
 	"github.com/caracal-net/caracal/tools/lab"
 )
@@ -154,6 +155,15 @@ func TestOutsideMoves(t *testing.T) {
 	eventually(t, "the pods to leave by the other interface", func() error {
 		if seen, err := seenBy(t, l, a, lab.Outside4); err != nil || seen.Addr() != netip.MustParseAddr("192.0.2.129") {
 			return fmt.Errorf("the world sees %s (%v)", seen, err)
+		}
+		return nil
+	})
+
+	ip(h.Namespace(), "link", "del", "second")
+	h.TestPod(t, "d", lab.PodOptions{})
+	eventually(t, "the interface that is gone to be forgotten", func() error {
+		if names, err := loader.Uplinks(h.BPFDir()); err != nil || len(names) != 1 || names[0] != "eth0" {
+			return fmt.Errorf("programs are pinned for %q (%v)", names, err)
 		}
 		return nil
 	})
