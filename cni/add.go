@@ -215,8 +215,8 @@ func (a *adding) make(ctx context.Context) error {
 		{"attach", func(context.Context) error {
 			return loader.Attach(tc.On(a.sides.host), a.c.BPFFSDir, a.veth.hostName, a.veth.hostIndex, a.mode)
 		}},
-		{"host", a.configureHost},
-		{"commit", a.commit}, // before the pod's end is up, so that what it sends first is not a stranger's
+		{"commit", a.commit},      // before the pod's end is up, so that what it sends first is not a stranger's,
+		{"host", a.configureHost}, // and before the kernel routes addresses here that may turn out to be another pod's
 		{"pod", func(context.Context) error { return a.veth.configurePod(a.sides) }},
 		{"answer", func(context.Context) error { return nil }},
 	} {

@@ -114,23 +114,30 @@ func (p *Plugin) unmap(ctx context.Context, c *Config, key node.Key) (node.Endpo
 	defer m.Close()
 	mapped := ifindex
 	if mapped == 0 {
-		mapped = mappedTo(m, e.Addrs)
+		mapped = mappedTo(m, e)
 	}
 	return e, ifindex, commit.RemovePod(m, commit.PodOf(e, mapped))
 }
 
-// mappedTo is the ifindex that the maps have for addresses whose interface is gone, 0 when they have none.
-func mappedTo(m *maps.Maps, addrs []netip.Addr) int {
+// mappedTo is the ifindex that the maps have for an attachment whose interface is gone, 0 when they have none.
+func mappedTo(m *maps.Maps, e node.Endpoint) int {
 	pods, err := m.Pods()
 	if err != nil {
 		return 0
 	}
 	for _, p := range pods {
-		if slices.Equal(p.Addresses, addrs) {
+		if slices.Equal(p.Addresses, e.Addrs) && !isOthers(int(p.IfIndex), e) {
 			return int(p.IfIndex)
 		}
 	}
 	return 0
+}
+
+// isOthers tells whether an interface that the maps have for an attachment's address is another's: its ADD was refused
+// because a pod that the database knows nothing of has the address.
+func isOthers(ifindex int, e node.Endpoint) bool {
+	name, err := nl.Name(ifindex)
+	return err == nil && name != e.HostIfName
 }
 
 // owns tells whether the host interface that a record names is still the record's, not a successor's.
@@ -190,7 +197,7 @@ func unmapLate(c *Config, e node.Endpoint) error {
 	}
 	defer m.Close()
 	for _, a := range e.Addrs {
-		if r, err := m.Route(netip.PrefixFrom(a, a.BitLen())); err == nil && r.Kind == maps.RouteLocalPod {
+		if r, err := m.Route(netip.PrefixFrom(a, a.BitLen())); err == nil && r.Kind == maps.RouteLocalPod && !isOthers(int(r.IfIndex), e) {
 			return commit.RemovePod(m, commit.PodOf(e, int(r.IfIndex)))
 		}
 	}

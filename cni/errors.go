@@ -6,6 +6,7 @@ import (
 
 	"github.com/containernetworking/cni/pkg/types"
 
+	"github.com/caracal-net/caracal/commit"
 	"github.com/caracal-net/caracal/ipam"
 	"github.com/caracal-net/caracal/loader"
 	"github.com/caracal-net/caracal/node"
@@ -58,6 +59,7 @@ var codes = []struct {
 }{
 	{ipam.ErrExhausted, codeExhausted},
 	{ipam.ErrTaken, codeAddress},
+	{commit.ErrAddressTaken, codeAddress},
 	{ipam.ErrOutsidePool, codeAddress},
 	{ipam.ErrReserved, codeAddress},
 	{ipam.ErrPool, codeConfig},

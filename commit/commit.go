@@ -71,10 +71,11 @@ func AddPod(m *maps.Maps, p Pod) error {
 	return err
 }
 
-// RemovePod removes pod p, its routes and its flows, and raises the epoch. What is missing is not an error, and a
-// route that another pod has taken over since stays.
+// RemovePod removes pod p, its routes and its flows, and raises the epoch. What is missing is not an error, and what is
+// another pod's, of an address that both claim, stays.
 func RemovePod(m *maps.Maps, p Pod) error {
 	var errs []error
+	var own []netip.Addr
 	for _, a := range p.Addrs {
 		r, err := m.Route(single(a))
 		switch {
@@ -83,13 +84,18 @@ func RemovePod(m *maps.Maps, p Pod) error {
 			errs = append(errs, err)
 		case r.Kind == maps.RouteLocalPod && r.IfIndex == uint32(p.IfIndex):
 			errs = append(errs, m.RemoveRoute(r.Prefix))
+		case r.Kind == maps.RouteLocalPod:
+			if _, err := m.Pod(r.IfIndex); !errors.Is(err, maps.ErrNotFound) {
+				continue
+			}
 		}
+		own = append(own, a)
 	}
 	errs = append(errs, m.RemovePod(uint32(p.IfIndex)))
 	_, err := m.RaiseEpoch()
 	errs = append(errs, err)
 	// Flows go last: until the epoch was raised a packet could have opened another.
-	_, err = m.PurgeFlows(p.Addrs)
+	_, err = m.PurgeFlows(own)
 	errs = append(errs, err, m.RemoveQuota(uint32(p.IfIndex)))
 	return errors.Join(errs...)
 }

@@ -289,6 +289,30 @@ func TestStranger(t *testing.T) {
 	h.clean()
 }
 
+// TestAddressTaken: a pod that the database knows nothing of, because it was lost, keeps its address, its routes and its flows
+// from the ADD that is given the address anew.
+func TestAddressTaken(t *testing.T) {
+	h := newHost(t)
+	old, other := h.pod().add(), h.pod().add()
+	other.ping(old.addr(false))
+	db := filepath.Join(h.state(), "node.db")
+	must(t, os.Rename(db, db+".lost"))
+	p := h.pod()
+	p.args = "IP=" + old.addr(false).String()
+	p.fails(102, "held by another pod", "ADD")
+	other.ping(old.addr(false))
+	h.run("ping", "-c1", "-W1", old.addr(false).String())
+	must(t, p.do("DEL"))
+	other.ping(old.addr(false))
+	must(t, os.Rename(db+".lost", db))
+	check := *old
+	check.conf = object{"prevResult": old.raw}
+	must(t, check.do("CHECK"))
+	old.del()
+	other.del()
+	h.clean()
+}
+
 // TestSuccessor: DEL of an old sandbox that comes after its successor of the same workload name is up does not touch it.
 func TestSuccessor(t *testing.T) {
 	h := newHost(t)
