@@ -208,7 +208,7 @@ static __noinline int from_net_slow(struct __sk_buff *ctx, struct packet *p)
 		to = find_route(destination(p));
 	}
 	if (!to || to->kind != ROUTE_LOCAL_POD)
-		return STACK_OTHER;
+		return left == STACK_ANSWER ? DROP_NO_POD : STACK_OTHER;
 	if ((v = to_pod_stage(p, to, NULL, &o.peer)))
 		return v;
 	o.ifindex = ctx->ifindex;
@@ -274,7 +274,11 @@ static __always_inline int leaves(struct __sk_buff *ctx, struct packet *p, const
 	// Once both sides know each other by some addresses they stay with them, whatever is wanted meanwhile.
 	if (f && (f->opener != p->side || f->state > FLOW_OPENING))
 		wanted = f->opener == p->side && f->masqueraded;
-	return wanted ? masquerade_stage(ctx, p) : judged;
+	if (!wanted)
+		return judged;
+	if (f)
+		f->masqueraded = 1;
+	return masquerade_stage(ctx, p);
 }
 
 // to_net_slow judges what the host's stack made of a pod's packet: translated, it belongs to a flow that from_pod does not
@@ -283,7 +287,6 @@ static __noinline int to_net_slow(struct __sk_buff *ctx, struct packet *p)
 {
 	struct route *from = find_route(source(p));
 	struct origin o = {};
-	__u8 to[16] ADDRESS;
 	struct flow *f;
 	struct pod *pod;
 	int v;
@@ -292,8 +295,7 @@ static __noinline int to_net_slow(struct __sk_buff *ctx, struct packet *p)
 		return STACK_OTHER;
 	o.charged = from->ifindex;
 	pod = bpf_map_lookup_elem(&caracal_pods, &o.charged);
-	__builtin_memcpy(to, destination(p), 16);
-	if (!pod || is_multicast(to))
+	if (!pod || is_multicast(destination(p)))
 		return STACK_OTHER;
 	o.self = &pod->slot[p->epoch & 1];
 	o.entered = ENTERED_STACK;

@@ -54,7 +54,9 @@ static __always_inline struct flow *find_flow(const struct flow_key *k)
 {
 	struct flow *f = bpf_map_lookup_elem(&caracal_flows, k);
 
-	return f ? f : bpf_map_lookup_elem(&caracal_opens, k);
+	if (!f)
+		f = bpf_map_lookup_elem(&caracal_opens, k);
+	return f ? f : bpf_map_lookup_elem(&caracal_flows, k); // confirmed between the two looks
 }
 
 // by_stack tells whether packets first seen in this way came out of the host's stack, into which they are answered.

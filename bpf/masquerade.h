@@ -8,13 +8,12 @@
 
 #define NAT_TRIES 32 // ports that are tried for a new flow
 
-// idle tells whether a flow may lose its port to a new one: it is over, or a question that was answered and not asked again.
+// idle tells whether a flow may lose its port when no other is free: it is over, or a question that was answered and not asked
+// again.
 static __always_inline bool idle(const struct flow_key *k, const struct flow *f, __u64 at)
 {
 	const struct flow_leg *asked = &f->leg[f->opener & 1];
 
-	if (expired(k, f, at))
-		return true;
 	if (f->leg[0].last_seen + FRESH > at || f->leg[1].last_seen + FRESH > at)
 		return false;
 	return f->state == FLOW_CLOSED || f->state == FLOW_CLOSING || (k->protocol != PROTO_TCP && asked->packets == 1);
@@ -51,12 +50,13 @@ static __noinline bool host_uses(struct __sk_buff *ctx, const struct packet *p, 
 	return sk != NULL;
 }
 
-#define HALF_OPEN (-1)
+// From whom take_port may take a port.
+#define FROM_IDLE 1      // a flow that is over, or was asked once and answered
+#define FROM_HALF_OPEN 2 // also one that nobody has answered yet
 
-// take_port writes the entries of a new flow that has w->host outside. VERDICT_NEXT: it has them. HALF_OPEN: a flow has them
-// that nobody has answered yet; displace takes them from it.
+// take_port writes the entries of a new flow that has w->host outside. VERDICT_NEXT: it has them.
 // It is a global function, so that the verifier walks it once and not for each port that is tried.
-__noinline int take_port(struct __sk_buff *ctx, struct packet *p, int displace)
+__noinline int take_port(struct __sk_buff *ctx, struct packet *p, int from)
 {
 	struct work *w = work();
 	__u64 at = now();
@@ -67,24 +67,25 @@ __noinline int take_port(struct __sk_buff *ctx, struct packet *p, int displace)
 		return DROP_NO_STATE;
 	w->inner = p->key;
 	w->pod.side = swapped(&w->answer, &w->inner, &w->host);
+	old = bpf_map_lookup_elem(&caracal_natopen, &w->answer); // before caracal_nat: keep_nat moves entries there
+	if (old) {
+		swapped(&w->held, &w->answer, old);
+		f = find_flow(&w->held);
+		if (f && f->masqueraded && !expired(&w->held, f, at) &&
+		    from < (idle(&w->held, f, at) ? FROM_IDLE : FROM_HALF_OPEN))
+			return DROP_NAT_PORTS;
+		bpf_map_delete_elem(&caracal_natopen, &w->held);
+		bpf_map_delete_elem(&caracal_natopen, &w->answer);
+	}
 	old = bpf_map_lookup_elem(&caracal_nat, &w->answer);
 	if (old) {
 		swapped(&w->held, &w->answer, old);
 		f = bpf_map_lookup_elem(&caracal_flows, &w->held);
-		if (f && !idle(&w->held, f, at))
+		if (f && !expired(&w->held, f, at) && !(from && idle(&w->held, f, at)))
 			return DROP_NAT_PORTS;
 		if (f)
 			remove_flow(&w->held, f);
-		forget_nat(&w->held);
-	}
-	old = bpf_map_lookup_elem(&caracal_natopen, &w->answer);
-	if (old) {
-		swapped(&w->held, &w->answer, old);
-		f = find_flow(&w->held);
-		if (f && f->masqueraded && !idle(&w->held, f, at) && !displace)
-			return HALF_OPEN;
-		bpf_map_delete_elem(&caracal_natopen, &w->held);
-		bpf_map_delete_elem(&caracal_natopen, &w->answer);
+		forget_nat(&w->answer);
 	}
 	if (host_uses(ctx, p, &w->host))
 		return DROP_NAT_PORTS;
@@ -107,7 +108,6 @@ static __noinline int allocate(struct __sk_buff *ctx, struct packet *p)
 	__u32 ifindex = ctx->ifindex;
 	struct uplink *up = bpf_map_lookup_elem(&caracal_uplinks, &ifindex);
 	__u32 first, ports, start;
-	__be16 opening = 0;
 
 	if (!s || !up || !w)
 		return DROP_NAT_ADDRESS;
@@ -120,18 +120,12 @@ static __noinline int allocate(struct __sk_buff *ctx, struct packet *p)
 		return DROP_NAT_PORTS;
 	w->host.side = p->side & 1;
 	start = bpf_get_prandom_u32();
-	for (__u32 i = 0; i < NAT_TRIES; i++) {
-		int v;
-
-		w->host.port = bpf_htons(first + (start + i) % ports);
-		v = take_port(ctx, p, 0);
-		if (!v)
+	for (__u32 i = 0; i < (FROM_HALF_OPEN + 1) * NAT_TRIES; i++) {
+		w->host.port = bpf_htons(first + (start + i % NAT_TRIES) % ports);
+		if (!take_port(ctx, p, i / NAT_TRIES))
 			return VERDICT_NEXT;
-		if (v == HALF_OPEN)
-			opening = w->host.port;
 	}
-	w->host.port = opening;
-	return opening && !take_port(ctx, p, 1) ? VERDICT_NEXT : DROP_NAT_PORTS;
+	return DROP_NAT_PORTS;
 }
 
 // stands tells whether a flow's entry still holds: the host has the address, and the entry for the answers leads back.
@@ -188,15 +182,15 @@ __noinline int readdress_end(struct __sk_buff *ctx, const struct packet *p, bool
 	if (!later) {
 		if (p->key.protocol != PROTO_ICMP) // which sums no pseudo-header
 			err |= bpf_l4_csum_replace(ctx, check_at, 0, diff, flags | BPF_F_PSEUDO_HDR);
-		if (p->key.protocol != PROTO_ICMP && p->is_v6)
-			bpf_csum_update(
-			    ctx, diff); // no header checksum balances the addresses; matters only to CHECKSUM_COMPLETE
 		if (!error) {
 			err |= bpf_l4_csum_replace(ctx, check_at, old, n->port, flags | 2);
 			err |= bpf_skb_store_bytes(ctx, port_at, &n->port, 2, 0);
 		}
 	}
 	if (p->is_v6) {
+		// No header checksum balances the addresses, in later fragments no other either; matters only to
+		// CHECKSUM_COMPLETE.
+		bpf_csum_update(ctx, diff);
 		err |= bpf_skb_store_bytes(ctx, at, is, 16, BPF_F_INVALIDATE_HASH);
 	} else {
 		err |= bpf_l3_csum_replace(ctx, ETH_HLEN + 10, 0, diff, 0);
@@ -242,10 +236,10 @@ static __noinline int masquerade_stage(struct __sk_buff *ctx, struct packet *p)
 {
 	struct work *w = work();
 	struct nat *found;
-	struct flow *f;
 	int v;
 
-	if (p->flags & PKT_NO_PORTS || p->key.protocol == PROTO_SCTP || (is_icmp(p->key.protocol) && !p->key.port_a))
+	if (p->flags & PKT_NO_PORTS || p->key.protocol == PROTO_SCTP ||
+	    (is_icmp(p->key.protocol) && !p->key.port_a && !is_query(p->is_v6, p->icmp_type)))
 		return DROP_NAT_PROTOCOL;
 	if (!w)
 		return DROP_NO_STATE;
@@ -258,11 +252,15 @@ static __noinline int masquerade_stage(struct __sk_buff *ctx, struct packet *p)
 			found = NULL;
 		}
 	}
-	if (!found && (v = allocate(ctx, p)))
-		return v;
-	f = find_flow(&p->key);
-	if (f)
-		f->masqueraded = 1;
+	if (!found) {
+		v = allocate(ctx, p);
+		if (v && !(found = find_nat(&p->key)))
+			return v;
+		if (v) // another CPU had a packet of this flow meanwhile
+			w->host = *found;
+	}
+	if (!found && bpf_map_lookup_elem(&caracal_flows, &p->key)) // it was confirmed with others
+		keep_nat(&p->key);
 	v = readdress_end(ctx, p, true, &w->host);
 	return v ? v : FORWARD_MASQUERADED;
 }
@@ -291,12 +289,12 @@ static __noinline int unmasquerade_stage(struct __sk_buff *ctx, struct packet *p
 {
 	struct work *w = work();
 	struct quoted q = {};
-	struct nat *found;
+	struct nat *found, *n;
 	struct flow *f;
 	bool side;
 	int v;
 
-	if (!w)
+	if (!w || (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN) // nobody outside opens what has no address there
 		return STACK_OTHER;
 	if (p->flags & PKT_ICMP_ERROR) {
 		if (!quote(ctx, p, &q))
@@ -309,19 +307,21 @@ static __noinline int unmasquerade_stage(struct __sk_buff *ctx, struct packet *p
 	found = find_nat(&q.key);
 	if (!found || found->side != q.side)
 		return STACK_OTHER;
-	w->pod = *found;
-	side = swapped(&w->inner, &q.key, &w->pod);
+	n = &w->pod;
+	*n = *found;
+	side = swapped(&w->inner, &q.key, n);
 	f = find_flow(&w->inner);
-	if (!f || !f->masqueraded) // the pod that had it is gone
+	if (!f || !f->masqueraded || expired(&w->inner, f, now())) // it is over, or the pod that had it is gone
 		return STACK_OTHER;
-	if (p->flags & PKT_ICMP_ERROR && (v = readdress_quoted(ctx, p, &q, true, &w->pod)))
+	if (p->flags & PKT_ICMP_ERROR && (v = readdress_quoted(ctx, p, &q, true, n)))
 		return v;
-	if ((v = readdress_end(ctx, p, false, &w->pod)))
+	if ((v = readdress_end(ctx, p, false, n)))
 		return v;
-	if (p->flags & PKT_ICMP_ERROR) { // only the addresses count from here on
-		__builtin_memcpy(w->inner.address_a, source(p), 16);
+	if (p->flags & PKT_ICMP_ERROR) {
+		__builtin_memcpy(w->inner.address_a, source(p), 16); // only the addresses count from here on
+		__builtin_memcpy(w->inner.address_b, n->address, 16);
 		p->side = sorted(&p->key, cwords(w->inner.address_a)[0], cwords(w->inner.address_a)[1],
-				 cwords(w->pod.address)[0], cwords(w->pod.address)[1], 0, 0);
+				 cwords(n->address)[0], cwords(n->address)[1], 0, 0);
 	} else {
 		p->key = w->inner;
 		p->side = !side;

@@ -19,11 +19,13 @@ static __always_inline struct nat *find_nat(const struct flow_key *k)
 {
 	struct nat *n = bpf_map_lookup_elem(&caracal_nat, k);
 
-	return n ? n : bpf_map_lookup_elem(&caracal_natopen, k);
+	if (!n)
+		n = bpf_map_lookup_elem(&caracal_natopen, k);
+	return n ? n : bpf_map_lookup_elem(&caracal_nat, k); // moved between the two looks
 }
 
-// forget_nat removes both entries of a masqueraded flow that is confirmed. It and keep_nat are global functions, so that the
-// verifier walks them once; Linux 6.1 takes no argument of such a one for a key.
+// forget_nat removes both entries of a masqueraded flow that is confirmed, found by either. It and keep_nat are global
+// functions, so that the verifier walks them once; Linux 6.1 takes no argument of such a one for a key.
 __noinline int forget_nat(const struct flow_key *of)
 {
 	struct work *w = work();
@@ -41,7 +43,7 @@ __noinline int forget_nat(const struct flow_key *of)
 	return 0;
 }
 
-// keep_nat moves the entries of a flow that was confirmed to where nothing displaces them.
+// keep_nat moves the entries of a flow that was confirmed to where nothing displaces them, unless it is gone already.
 __noinline int keep_nat(const struct flow_key *of)
 {
 	struct flow_key k, other = {};
@@ -57,9 +59,15 @@ __noinline int keep_nat(const struct flow_key *of)
 	back = bpf_map_lookup_elem(&caracal_natopen, &other);
 	if (!back)
 		return 0;
-	bpf_map_update_elem(&caracal_nat, &other, back, BPF_ANY);
-	bpf_map_update_elem(&caracal_nat, &k, n, BPF_ANY);
+	if (bpf_map_update_elem(&caracal_nat, &other, back, BPF_ANY))
+		return 0;
+	if (bpf_map_update_elem(&caracal_nat, &k, n, BPF_ANY)) {
+		bpf_map_delete_elem(&caracal_nat, &other);
+		return 0;
+	}
 	bpf_map_delete_elem(&caracal_natopen, &k);
 	bpf_map_delete_elem(&caracal_natopen, &other);
+	if (!bpf_map_lookup_elem(&caracal_flows, &k)) // whoever removed it had nothing to forget yet
+		forget_nat(&k);
 	return 0;
 }
