@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"testing"
 	"time"
 
@@ -415,5 +416,81 @@ func TestNotMasqueraded(t *testing.T) {
 		}
 		send(t, a.socket(t, unix.SOCK_DGRAM, 5002, v6), "no address", world.addr(v6), 7)
 		until(t, "the packet to be dropped", func() bool { return one.since(before)["to_net drop_nat_address"] == 1 })
+	})
+}
+
+// The host's stack translates beside: a Service whose backend is outside, and a port of the host that leads to a pod. It sees
+// whole flows, and its connection tracking finds nothing invalid.
+//
+//	a -> 192.0.2.1:8080 => DNAT => world:7, seen from 198.51.100.1
+//	world -> 198.51.100.1:8081 => DNAT => a:7
+func TestMasqueradeTranslatedByStack(t *testing.T) {
+	modes(t, func(t *testing.T, mode loader.Mode, v6 bool) {
+		if v6 {
+			t.Skip("the node has no IPv6 address for the Service")
+		}
+		one, _, world := newOutside(t, mode)
+		a := one.addPod("a", 1, mode, masqueraded())
+		one.nft(`table ip cdp { chain pre { type nat hook prerouting priority dstnat; policy accept;
+			ip daddr 192.0.2.1 udp dport 8080 dnat to 203.0.113.2:7
+			ip daddr 198.51.100.1 udp dport 8081 dnat to 10.65.1.1:7
+			ip daddr 198.51.100.1 tcp dport 8081 dnat to 10.65.1.1:7
+		}
+		chain forwarding { type filter hook forward priority filter; policy accept; ct state invalid counter drop; }
+		}`)
+		one.do(func() error {
+			for _, name := range []string{"all", uplink, a.hostIf} {
+				if err := os.WriteFile("/proc/sys/net/ipv4/conf/"+name+"/rp_filter", []byte("1"), 0); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		afd, wfd := a.socket(t, unix.SOCK_DGRAM, 5000, false), world.socket(t, unix.SOCK_DGRAM, 7, false)
+		var from netip.AddrPort
+		for i := range 4 {
+			send(t, afd, "to the service", outside, 8080)
+			got, _, src := receive(t, wfd)
+			if got != "to the service" || src.Addr() != end1.v4.Addr() || i > 0 && src != from {
+				t.Fatalf("the world received %q from %s, before from %s", got, src, from)
+			}
+			from = src
+			send(t, wfd, "from the service", from.Addr(), int(from.Port()))
+			if got, _, src := receive(t, afd); got != "from the service" || src != at(outside, 8080) {
+				t.Fatalf("a received %q from %s", got, src)
+			}
+		}
+		// The same from outside, while it has flows of its own to there.
+		ask(t, a, a.socket(t, unix.SOCK_DGRAM, 5001, false), world, wfd, false, "straight")
+		sfd := a.socket(t, unix.SOCK_DGRAM, 7, false)
+		cfd := world.socket(t, unix.SOCK_DGRAM, 6000, false)
+		for range 3 {
+			send(t, cfd, "to the port", end1.v4.Addr(), 8081)
+			got, _, src := receive(t, sfd)
+			if got != "to the port" || src != at(world.v4, 6000) {
+				t.Fatalf("a received %q from %s", got, src)
+			}
+			send(t, sfd, "from the port", src.Addr(), int(src.Port()))
+			if got, _, src := receive(t, cfd); got != "from the port" || src != at(end1.v4.Addr(), 8081) {
+				t.Fatalf("the world received %q from %s", got, src)
+			}
+		}
+		listener := a.socket(t, unix.SOCK_STREAM, 7, false)
+		if err := unix.Listen(listener, 1); err != nil {
+			t.Fatal(err)
+		}
+		client := world.socket(t, unix.SOCK_STREAM, 0, false)
+		if err := unix.Connect(client, sockaddr(end1.v4.Addr(), 8081)); err != nil {
+			t.Fatal(err)
+		}
+		server, _, err := unix.Accept(listener)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(server)
+		transfer(t, client, server, 1<<18)
+		if f := one.wantFlow("udp", at(a.v4, 7), at(world.v4, 6000)); f.Masquerade.IsValid() {
+			t.Errorf("what the world opened is masqueraded: %+v", f)
+		}
 	})
 }
