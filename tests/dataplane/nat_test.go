@@ -7,11 +7,13 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/vishvananda/netlink"
 
 	"github.com/caracal-net/caracal/bpf"
 	"github.com/caracal-net/caracal/commit"
@@ -248,7 +250,13 @@ func FuzzMasquerade(f *testing.F) {
 		if !bytes.Equal(frame[at+size:at+2*size], r.out[at+size:at+2*size]) {
 			t.Fatalf("%x left for elsewhere: %x", frame, r.out)
 		}
-		answer := mirror(r.out)
+		left := r.out
+		if r, ok = b.try("from_net", b.quoting(left), in); ok && r.verdict == "stack_answer" {
+			if err := b.quotes(r.out, frame); err != nil {
+				t.Fatalf("error about %x: %v", frame, err)
+			}
+		}
+		answer := mirror(left)
 		r, ok = b.try("from_net", answer, in)
 		if ok && r.verdict == "stack_answer" && !bytes.Equal(r.out, mirror(frame)) {
 			t.Fatalf("%x came in as %x, want %x", answer, r.out, mirror(frame))
@@ -256,7 +264,47 @@ func FuzzMasquerade(f *testing.F) {
 	})
 }
 
-// Every kind of packet there and back.
+// quoting is a router's error about what left.
+func (b *bench) quoting(left []byte) []byte {
+	router := end2.v4.Addr()
+	src, _ := sourceOf(left)
+	if src.Is6() {
+		router = end2.v6.Addr()
+	}
+	return summed(unreachable(b.r, router, src, left))
+}
+
+// quotes checks that an error is for who sent frame, and quotes its addresses and ports.
+func (b *bench) quotes(e, frame []byte) error {
+	src, _ := sourceOf(frame)
+	if got := destinationOf(e); got != src {
+		return fmt.Errorf("it is for %s", got)
+	}
+	if !bytes.Equal(e, summed(e)) {
+		return fmt.Errorf("checksum of %x, want %x", e, summed(e))
+	}
+	at, size, protocol, l4, _ := transportOf(frame)
+	quote := 14 + 20 + 8 // where it begins
+	if src.Is6() {
+		quote = 14 + 40 + 8
+	}
+	if got, want := e[quote+at-14:quote+at-14+2*size], frame[at:at+2*size]; !bytes.Equal(got, want) {
+		return fmt.Errorf("it quotes addresses %x, want %x", got, want)
+	}
+	if size == 4 && sum16(0, e[quote:quote+int(e[quote]&15)*4]) != 0xffff {
+		return errors.New("checksum of the quoted header")
+	}
+	ports := l4
+	if protocol == 1 || protocol == 58 {
+		ports += 4
+	}
+	if quote += ports - 14; quote+2 <= len(e) && !bytes.Equal(e[quote:quote+2], frame[ports:ports+2]) {
+		return fmt.Errorf("it quotes port %x, want %x", e[quote:quote+2], frame[ports:ports+2])
+	}
+	return nil
+}
+
+// Every kind of packet there and back, and errors about it.
 func TestMasqueradeThereAndBack(t *testing.T) {
 	b := newNATBench(t, loader.Config{})
 	for name, frame := range natCases(b.a) {
@@ -272,7 +320,15 @@ func TestMasqueradeThereAndBack(t *testing.T) {
 					t.Fatalf("left as %x, then as %x", left, r.out)
 				}
 				left = r.out
-				back := mirror(r.out)
+				if e := b.enter(b.a, b.quoting(left)); !strings.HasSuffix(name, "v6 options") { // the quoted options are not followed
+					if e.verdict != "stack_answer" {
+						t.Fatalf("error about %x: %s", frame, e.verdict)
+					}
+					if err := b.quotes(e.out, frame); err != nil {
+						t.Fatalf("error about %x: %v", frame, err)
+					}
+				}
+				back := mirror(left)
 				if frame[12] == 0x08 && frame[23] == 6 { // an answer to a SYN, and to data
 					back[47] |= 0x10
 				} else if frame[12] == 0x86 && frame[20] == 6 {
@@ -448,6 +504,13 @@ func TestMasqueradeForgedSYN(t *testing.T) {
 			t.Fatalf("left from another port")
 		}
 	}
+	// No pod speaks about the flows of others, in its own name or in theirs.
+	for _, src := range []netip.Addr{b.b.v4, b.a.v4} {
+		e := unreachable(b.b, src, stranger4, tcp(b.r, dst, at(b.a.v4, 4000), "A", 9))
+		if r := b.leave(b.b, e); r.action != actionShot {
+			t.Errorf("%s: pod b's error about a's flow, from %s", r.verdict, src)
+		}
+	}
 	for _, forged := range [][]byte{
 		tcp(b.r, at(stranger4, 444), host, "A", 0), tcp(b.r, at(netip.MustParseAddr("203.0.113.99"), 443), host, "A", 0),
 		udp(b.r, dst, host, 9), unreachable(b.r, stranger4, end1.v4.Addr(), udp(b.a, host, dst, 9)),
@@ -483,5 +546,44 @@ func TestMasqueradeAddressLost(t *testing.T) {
 	b.purge(t)
 	if n := b.entries(bpf.DataplaneMapCaracalNat); n != 0 {
 		t.Errorf("%d entries of no flow", n)
+	}
+}
+
+// When the default route moves to another uplink, a flow keeps the address it has as long as that is the host's, and is
+// answered by either; a new one has the other's.
+func TestMasqueradeSecondUplink(t *testing.T) {
+	b := newNATBench(t, loader.Config{})
+	other := netip.MustParseAddr("198.51.100.77")
+	b.hostHas(end1.v4.Addr(), other)
+	first, second := b.up, 0
+	b.do(func() error {
+		l, err := netlink.LinkByName("p-up0")
+		if err != nil {
+			return err
+		}
+		second = l.Attrs().Index
+		return netlink.LinkSetHardwareAddr(l, gatewayMAC)
+	})
+	if err := b.maps.PutUplink(uint32(second), maps.Uplink{IPv4: other}); err != nil {
+		t.Fatal(err)
+	}
+	old, fresh := udp(b.a, at(b.a.v4, 4000), at(stranger4, 53), 9), udp(b.a, at(b.a.v4, 4001), at(stranger4, 53), 9)
+	left := b.leave(b.a, old)
+	for _, by := range []int{first, second} {
+		b.up = by
+		if r := b.enter(b.a, mirror(left.out)); r.verdict != "stack_answer" || !bytes.Equal(r.out, mirror(old)) {
+			t.Fatalf("answer by interface %d: %s", by, r.verdict)
+		}
+		if r := b.leave(b.a, old); !bytes.Equal(r.out, left.out) {
+			t.Errorf("%s: left by interface %d as %x, before as %x", r.verdict, by, r.out, left.out)
+		}
+	}
+	r := b.leave(b.a, fresh)
+	if src, _ := sourceOf(r.out); src != other {
+		t.Errorf("%s: a new flow leaves from %s", r.verdict, src)
+	}
+	b.up = first
+	if r := b.enter(b.a, mirror(r.out)); r.verdict != "stack_answer" {
+		t.Errorf("answer by the other: %s", r.verdict)
 	}
 }
