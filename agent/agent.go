@@ -200,7 +200,7 @@ func (a *Agent) reconcile(ctx context.Context) error {
 			part("surplus blocks", a.release(ctx, surplus))
 		}
 	}
-	part("routes", a.routes.sync(v.pools, a.tunnel))
+	part("routes", a.routes.sync(v, a.tunnel))
 	a.mu.Lock()
 	a.ready = len(errs) == 0
 	a.own, a.speaking = own, a.speaker

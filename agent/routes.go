@@ -117,7 +117,8 @@ func (r *routes) heardAll() {
 }
 
 // sync writes what changed. What can't be written is tried again the next time.
-func (r *routes) sync(pools []api.IPPool, t tunnel) error {
+func (r *routes) sync(v *view, t tunnel) error {
+	pools := v.pools
 	r.mu.Lock()
 	whole := r.whole
 	r.whole = false
@@ -153,7 +154,7 @@ func (r *routes) sync(pools []api.IPPool, t tunnel) error {
 	for batch := range slices.Chunk(slices.Collect(stdmaps.Keys(todo)), batchSize) {
 		errs = append(errs, r.write(batch, want)...)
 	}
-	errs = append(errs, r.putPools())
+	errs = append(errs, r.putPools(v.nodes))
 	if len(errs) > 3 {
 		errs = append(errs[:3], fmt.Errorf("and %d more", len(errs)-3))
 	}
@@ -263,8 +264,9 @@ func (r *routes) put(route bgp.Route, hops map[netip.Addr]hop) error {
 }
 
 // putPools keeps a route for each whole pool, so that what goes to an address in no known block is neither masqueraded nor
-// sent out; unless a wider learned route says who knows those blocks.
-func (r *routes) putPools() error {
+// sent out; unless a wider learned route says who knows those blocks. With a tunnel it also keeps one for each other host's
+// address, which may come out of it.
+func (r *routes) putPools(nodes map[string]*api.Node) error {
 	want := make(map[netip.Prefix]maps.Route, len(r.pools))
 	r.mu.Lock()
 	for _, p := range r.pools {
@@ -280,6 +282,16 @@ func (r *routes) putPools() error {
 		}
 		m.Prefix, m.InPool = p.CIDR, true
 		want[p.CIDR] = m
+	}
+	for name, n := range nodes {
+		if r.tunnel.index == 0 || name == r.a.Node || n.BGP == nil {
+			continue
+		}
+		for _, p := range []netip.Prefix{n.BGP.IPv4Address, n.BGP.IPv6Address} {
+			if p = netip.PrefixFrom(p.Addr(), p.Addr().BitLen()); p.IsValid() && r.written[p].Kind == 0 {
+				want[p] = maps.Route{Prefix: p, Kind: maps.RouteStack, Node: true}
+			}
+		}
 	}
 	r.mu.Unlock()
 	if stdmaps.Equal(want, r.pooled) {
@@ -352,7 +364,7 @@ func (r *routes) read() error {
 	defer r.mu.Unlock()
 	r.written, r.pooled = make(map[netip.Prefix]maps.Route), make(map[netip.Prefix]maps.Route)
 	for _, m := range list {
-		if m.Kind == maps.RoutePool {
+		if m.Kind == maps.RoutePool || m.Kind == maps.RouteStack {
 			r.pooled[m.Prefix] = m
 		}
 		if m.Kind == maps.RouteRemote || m.Kind == maps.RouteTunnel {

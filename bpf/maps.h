@@ -61,6 +61,7 @@ struct route_key {
 };
 
 #define ROUTE_IN_POOL 1 // a remote prefix inside the cluster's pools: what goes there is never masqueraded
+#define ROUTE_NODE 2    // another host's own address: it may speak for itself in the tunnel
 
 struct route {
 	enum route_kind kind;

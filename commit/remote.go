@@ -15,7 +15,7 @@ var (
 	ErrNotRemote = errors.New("not a route to other nodes")
 )
 
-// SetRemote makes the routes to other nodes (kinds remote, tunnel, pool) equal to what is given, writing differences only,
+// SetRemote makes the routes to other nodes (kinds remote, tunnel, pool, stack) equal to what is given, writing differences only,
 // and raises the epoch once if that changed any. Of two routes with one prefix the last counts. What this node has of its
 // own is never replaced: such routes are left out and reported as ErrOwn, the others written. maps.ErrFull when they don't
 // fit; then those that are in the map stay. ErrNotRemote: nothing was changed.
@@ -38,7 +38,7 @@ func SetRemote(m *maps.Maps, remote []maps.Route) (err error) {
 		w, want := wanted[r.Prefix]
 		switch {
 		case !isRemote(r.Kind):
-			if want && r.Kind != maps.RouteStack {
+			if want {
 				errs = append(errs, fmt.Errorf("route %s: %w", r.Prefix, ErrOwn))
 				delete(wanted, r.Prefix)
 			}
@@ -156,5 +156,5 @@ func normal(r maps.Route) (maps.Route, error) {
 }
 
 func isRemote(k maps.RouteKind) bool {
-	return k == maps.RouteRemote || k == maps.RouteTunnel || k == maps.RoutePool
+	return k == maps.RouteRemote || k == maps.RouteTunnel || k == maps.RoutePool || k == maps.RouteStack
 }

@@ -50,15 +50,22 @@ type Route struct {
 	NextHop netip.Addr   `json:"nextHop,omitzero"`  // zero: none
 	MTU     uint16       `json:"mtu,omitempty"`     // bytes; 0, or more than it: the interface's when a flow is judged
 	InPool  bool         `json:"inPool,omitempty"`  // a remote prefix inside the pools: never masqueraded
+	Node    bool         `json:"node,omitempty"`    // another host's own address: it may speak for itself in the tunnel
 }
 
-const flagInPool = 1 // ROUTE_IN_POOL
+const ( // ROUTE_*
+	flagInPool = 1
+	flagNode   = 2
+)
 
 // PutRoute writes a route, over one that the prefix has.
 func (m *Maps) PutRoute(r Route) error {
 	value := bpf.DataplaneRoute{Kind: bpf.DataplaneRouteKind(r.Kind), Ifindex: r.IfIndex, Mtu: r.MTU}
 	if r.InPool {
 		value.Flags |= flagInPool
+	}
+	if r.Node {
+		value.Flags |= flagNode
 	}
 	if r.NextHop.IsValid() {
 		value.NextHop = Address(r.NextHop)
@@ -139,6 +146,6 @@ func prefix(k bpf.DataplaneRouteKey) netip.Prefix {
 func decodeRoute(p netip.Prefix, v *bpf.DataplaneRoute) Route {
 	return Route{
 		Prefix: p, Kind: RouteKind(v.Kind), IfIndex: v.Ifindex, NextHop: FromAddress(v.NextHop), MTU: v.Mtu,
-		InPool: v.Flags&flagInPool != 0,
+		InPool: v.Flags&flagInPool != 0, Node: v.Flags&flagNode != 0,
 	}
 }

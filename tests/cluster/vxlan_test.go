@@ -111,6 +111,7 @@ func TestVXLAN(t *testing.T) {
 		return nil
 	})
 	ctl(t, h1, "", "ipam", "check")
+	t.Logf("h1# caracalctl doctor\n%s", ctl(t, h1, "", "doctor", "--resolv-conf", "/dev/null"))
 
 	// Hosts that share a network need no tunnel; with a router between them they do.
 	ctl(t, h1, vxlan("CrossSubnet"), "apply", "-f", "-")

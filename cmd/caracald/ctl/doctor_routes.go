@@ -23,7 +23,7 @@ import (
 func (d *doctor) remotes() []maps.Route {
 	var remote []maps.Route
 	for _, r := range d.routes {
-		if r.Kind == maps.RouteRemote {
+		if r.Kind == maps.RouteRemote || r.Kind == maps.RouteTunnel {
 			remote = append(remote, r)
 		}
 	}
@@ -125,7 +125,11 @@ func (d *doctor) differences() (map[netip.Prefix]string, error) {
 	if d.routes, err = d.maps.Routes(); err != nil {
 		return nil, err
 	}
-	kernel, err := kernelRoutes()
+	state, err := d.maps.State()
+	if err != nil {
+		return nil, err
+	}
+	kernel, err := kernelRoutes(int(state.Tunnel))
 	if err != nil {
 		return nil, err
 	}
@@ -133,6 +137,9 @@ func (d *doctor) differences() (map[netip.Prefix]string, error) {
 	for _, r := range d.remotes() {
 		k, ok := kernel[r.Prefix]
 		delete(kernel, r.Prefix)
+		if r.Kind == maps.RouteTunnel {
+			k.addr = r.NextHop // which host is in the encapsulation, which is not read
+		}
 		switch {
 		case !ok:
 			differ[r.Prefix] = fmt.Sprintf("caracal_routes has it by %s, the kernel's table (ip route show proto %d) has not", r.NextHop, cni.RouteProtocol)
@@ -146,8 +153,8 @@ func (d *doctor) differences() (map[netip.Prefix]string, error) {
 	return differ, nil
 }
 
-// kernelRoutes lists Caracal's routes by a next hop in the kernel's main table.
-func kernelRoutes() (map[netip.Prefix]neighbour, error) {
+// kernelRoutes lists Caracal's routes by a next hop, or into the tunnel, in the kernel's main table.
+func kernelRoutes(tunnel int) (map[netip.Prefix]neighbour, error) {
 	all := make(map[netip.Prefix]neighbour)
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		list, err := nl.Dump(func() ([]netlink.Route, error) {
@@ -162,7 +169,7 @@ func kernelRoutes() (map[netip.Prefix]neighbour, error) {
 				via = v.Addr
 			}
 			hop, ok := netip.AddrFromSlice(via)
-			if p, isPrefix := nl.Prefix(r.Dst); ok && isPrefix {
+			if p, isPrefix := nl.Prefix(r.Dst); isPrefix && (ok || tunnel != 0 && r.LinkIndex == tunnel) {
 				all[p] = neighbour{r.LinkIndex, hop.Unmap()}
 			}
 		}
