@@ -148,6 +148,9 @@ func TestVXLAN(t *testing.T) {
 	}
 	pings(t, a.Namespace(), b.Addr(), 62)
 
+	if out := ctl(t, h2, "", "uninstall", "--dry-run"); !strings.Contains(out, "vxlan.caracal") {
+		t.Error(out)
+	}
 	ctl(t, h1, pools, "apply", "-f", "-")
 	for i, h := range l.Hosts() {
 		must1(h.Exec(ctx, "ip", "route", "del", l.Hosts()[1-i].Addr().String()+"/32", "via", router))(t)

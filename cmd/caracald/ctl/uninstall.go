@@ -13,10 +13,12 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/vishvananda/netlink"
 
 	"github.com/caracal-net/caracal/bpf"
 	"github.com/caracal-net/caracal/cni"
 	"github.com/caracal-net/caracal/internal/fib"
+	"github.com/caracal-net/caracal/internal/nl"
 	"github.com/caracal-net/caracal/loader"
 	"github.com/caracal-net/caracal/maps"
 	"github.com/caracal-net/caracal/node"
@@ -200,7 +202,7 @@ func (o *uninstallOptions) ownPins() error {
 
 // remove goes on after an error and returns all, but keeps the records while anything that they name may be left.
 func (o *uninstallOptions) remove(cmd *cobra.Command) error {
-	errs := []error{o.removePods(cmd), o.removeStrays()}
+	errs := []error{o.removePods(cmd), o.removeStrays(), o.removeTunnel()}
 	errs = append(errs, o.removeRoutes())
 	if err := errors.Join(errs...); err != nil {
 		return err
@@ -308,6 +310,24 @@ func (o *uninstallOptions) removeStrays() error {
 		o.did("interface", name)
 	}
 	return errors.Join(errs...)
+}
+
+// removeTunnel removes the VXLAN interface that an agent has made.
+func (o *uninstallOptions) removeTunnel() error {
+	l, err := netlink.LinkByName(cni.TunnelName)
+	if nl.IsNotFound(err) || err == nil && l.Attrs().Group != cni.LinkGroup {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("look for %s: %w", cni.TunnelName, err)
+	}
+	if !o.dryRun {
+		if err := netlink.LinkDel(l); err != nil {
+			return fmt.Errorf("remove %s: %w", cni.TunnelName, err)
+		}
+	}
+	o.did("interface", cni.TunnelName)
+	return nil
 }
 
 func (o *uninstallOptions) removeRoutes() error {
