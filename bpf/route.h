@@ -28,9 +28,9 @@ static __always_inline bool straight(const struct route *r, bool is_v6)
 	__u8 hop[16] ADDRESS;
 
 	__builtin_memcpy(hop, r->next_hop, 16);
-	if (r->kind == ROUTE_TUNNEL)
-		return r->ifindex;
-	return r->kind == ROUTE_REMOTE && r->ifindex && (cwords(hop)[0] || cwords(hop)[1]) && !(is_v6 && is_v4(hop));
+	if (!r->ifindex || (!cwords(hop)[0] && !cwords(hop)[1]))
+		return false;
+	return r->kind == ROUTE_TUNNEL || (r->kind == ROUTE_REMOTE && !(is_v6 && is_v4(hop)));
 }
 
 // inside tells whether a route leads into the cluster's pools.
