@@ -27,8 +27,8 @@ func masqueraded() podOption {
 //	[one] 198.51.100.1 --1500-- .2 [router] 203.0.113.1 --1400-- .2 [world]
 func newOutside(t testing.TB, mode loader.Mode) (one, router *node, world *pod) {
 	t.Helper()
-	one, router = newHost(t, 1), newHost(t, 3)
-	far := newHost(t, 4)
+	one, router = newHost(t, 1), newRouter(t)
+	far := newRouter(t)
 	join(one, uplink, end1, router.ns.FD(), router, "west", end2, 1500)
 	join(router, "east", router2, far.ns.FD(), far, "east", far2, 1400)
 	for n, via := range map[*node]end{one: end2, far: router2} {

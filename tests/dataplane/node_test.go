@@ -96,8 +96,8 @@ func newNode(t testing.TB, cfg loader.Config) *node {
 	if cfg.Dir == "" {
 		cfg.Dir = filepath.Join(mountBPF(t), "node")
 	}
-	name := fmt.Sprintf("cdp-%d-%d", os.Getpid(), serial.Add(1))
-	n := &node{t: t, name: name, dir: cfg.Dir, ns: newNS(t, name)}
+	n := newRouter(t)
+	n.dir = cfg.Dir
 	if cfg.MaxFlows == 0 {
 		cfg.MaxFlows = 4096
 	}
@@ -114,6 +114,14 @@ func newNode(t testing.TB, cfg loader.Config) *node {
 			t.Logf("counts at the end: %v", n.counts())
 		}
 	})
+	return n
+}
+
+// newRouter makes a host without programs.
+func newRouter(t testing.TB) *node {
+	t.Helper()
+	name := fmt.Sprintf("cdp-%d-%d", os.Getpid(), serial.Add(1))
+	n := &node{t: t, name: name, ns: newNS(t, name)}
 	n.do(func() error {
 		lo, err := netlink.LinkByName("lo")
 		if err != nil {
@@ -127,8 +135,9 @@ func newNode(t testing.TB, cfg loader.Config) *node {
 		if err := netlink.AddrAdd(lo, a); err != nil {
 			return err
 		}
-		for _, s := range []string{"ipv4/ip_forward", "ipv6/conf/all/forwarding"} {
-			if err := os.WriteFile("/proc/sys/net/"+s, []byte("1"), 0); err != nil {
+		// Without waiting for duplicate addresses: as long as its link-local one is tentative a host asks for no neighbour.
+		for s, v := range map[string]string{"ipv4/ip_forward": "1", "ipv6/conf/all/forwarding": "1", "ipv6/conf/default/accept_dad": "0"} {
+			if err := os.WriteFile("/proc/sys/net/"+s, []byte(v), 0); err != nil {
 				return err
 			}
 		}
