@@ -164,7 +164,7 @@ func (c *cluster) view() (*view, bool) {
 		nodes: make(map[string]*api.Node), meta: make(map[string]api.Metadata),
 		peers: make(map[string]*api.BGPPeer), others: make(map[string]*api.BGPPeer), filters: make(map[string]*api.BGPFilter), blocks: make(map[netip.Prefix]Claim),
 	}
-	v.bgp.Complete("default")
+	_ = v.bgp.Complete("default") // which is valid as it is
 	var bad []string
 	for _, key := range slices.Sorted(maps.Keys(kvs)) {
 		if err := v.take(kvs[key], c.a.Node); err != nil {

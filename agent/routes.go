@@ -35,7 +35,7 @@ type routes struct {
 	whole   bool                        // every peer was heard, what is not learned goes
 	pools   []api.IPPool                // as they were when routes were written
 	tunnel  tunnel                      // likewise
-	pooled  map[netip.Prefix]maps.Route // those of whole pools in the maps
+	pooled  map[netip.Prefix]maps.Route // what putPools has written
 	alarms  map[bgp.Alarm]Alarm
 }
 
@@ -118,7 +118,6 @@ func (r *routes) heardAll() {
 
 // sync writes what changed. What can't be written is tried again the next time.
 func (r *routes) sync(v *view, t tunnel) error {
-	pools := v.pools
 	r.mu.Lock()
 	whole := r.whole
 	r.whole = false
@@ -127,9 +126,9 @@ func (r *routes) sync(v *view, t tunnel) error {
 	if err := r.read(); err != nil {
 		return err
 	}
-	same := slices.EqualFunc(pools, r.pools, func(x, y api.IPPool) bool { return x.CIDR == y.CIDR && x.VXLANMode == y.VXLANMode })
+	same := slices.EqualFunc(v.pools, r.pools, func(x, y api.IPPool) bool { return x.CIDR == y.CIDR && x.VXLANMode == y.VXLANMode })
 	if !same || t != r.tunnel {
-		r.pools, r.tunnel = pools, t
+		r.pools, r.tunnel = v.pools, t
 		r.mu.Lock()
 		for p := range r.learned {
 			r.dirty[p] = true
@@ -313,8 +312,11 @@ func (r *routes) putPools(nodes map[string]*api.Node) error {
 			errs = append(errs, commit.RemoveRemote(r.a.maps, p))
 		}
 	}
+	if err := errors.Join(errs...); err != nil {
+		return err // all of it again the next time
+	}
 	r.pooled = want
-	return errors.Join(errs...)
+	return nil
 }
 
 // putKernel puts a route into the kernel's table, in place of one of ours. Somebody else's route is never replaced: it may be

@@ -125,7 +125,9 @@ func (c *certificates) shake(ctx context.Context, addr string) error {
 	}
 	defer raw.Close()
 	deadline, _ := ctx.Deadline()
-	raw.SetDeadline(deadline)
+	if err := raw.SetDeadline(deadline); err != nil {
+		return err
+	}
 	cfg.ServerName, _, _ = net.SplitHostPort(addr)
 	cfg.NextProtos = []string{"h2"}
 	conn := tls.Client(raw, cfg)
