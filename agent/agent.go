@@ -194,13 +194,13 @@ func (a *Agent) reconcile(ctx context.Context) error {
 	part("node routes", unrouted)
 	part("masquerade", a.masquerade(ctx, v, self))
 	if own != nil { // else what an earlier agent announced stays
-		withdrawn := a.peer(ctx, v, self, own)
-		part("bgp", withdrawn)
-		if unrouted == nil && withdrawn == nil {
+		announced, err := a.peer(ctx, v, self, own)
+		part("bgp", err)
+		if unrouted == nil && announced {
 			part("surplus blocks", a.release(ctx, surplus))
 		}
 	}
-	part("routes", a.routes.sync(v, a.tunnel))
+	part("routes", a.routes.sync(v, own, a.tunnel))
 	a.mu.Lock()
 	a.ready = len(errs) == 0
 	a.own, a.speaking = own, a.speaker

@@ -69,6 +69,9 @@ func (a *Agent) findUplinks(v *view, self *api.Node) (map[string]int, error) {
 		if len(found) == 0 {
 			return nil, fmt.Errorf("%w: no interface is called like %q; name one that other hosts are behind (--uplink)", ErrUplink, a.Uplinks)
 		}
+		if a.tunnel.index != 0 {
+			found[cni.TunnelName] = a.tunnel.index
+		}
 		return found, nil
 	}
 	var to []netip.Addr

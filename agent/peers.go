@@ -16,14 +16,16 @@ import (
 	"github.com/caracal-net/caracal/bgp"
 )
 
-// peer makes the BGP speaker's peers and announcements equal to what the cluster says.
-func (a *Agent) peer(ctx context.Context, v *view, self *api.Node, own []netip.Prefix) error {
+// peer makes the BGP speaker's peers and announcements equal to what the cluster says. announced: exactly own are, whatever the
+// trouble with a peer is.
+func (a *Agent) peer(ctx context.Context, v *view, self *api.Node, own []netip.Prefix) (announced bool, err error) {
 	if err := a.speak(ctx, v, self); err != nil {
-		return err
+		return false, err
 	}
 	peers, err := a.peers(v, self)
 	// Announced first: a new peer then hears everything before its end-of-RIB.
-	return errors.Join(err, a.speaker.Announce(own), a.speaker.SetPeers(peers))
+	failed := a.speaker.Announce(own)
+	return failed == nil, errors.Join(err, failed, a.speaker.SetPeers(peers))
 }
 
 // speak starts the speaker, again when what it is to its peers has changed.

@@ -117,7 +117,7 @@ func (r *routes) heardAll() {
 }
 
 // sync writes what changed. What can't be written is tried again the next time.
-func (r *routes) sync(v *view, t tunnel) error {
+func (r *routes) sync(v *view, own []netip.Prefix, t tunnel) error {
 	r.mu.Lock()
 	whole := r.whole
 	r.whole = false
@@ -128,8 +128,15 @@ func (r *routes) sync(v *view, t tunnel) error {
 	}
 	same := slices.EqualFunc(v.pools, r.pools, func(x, y api.IPPool) bool { return x.CIDR == y.CIDR && x.VXLANMode == y.VXLANMode })
 	if !same || t != r.tunnel {
-		r.pools, r.tunnel = v.pools, t
 		r.mu.Lock()
+		if t != r.tunnel { // what the kernel has of such a route beside the map may differ
+			for p, m := range r.written {
+				if m.Kind == maps.RouteTunnel {
+					r.written[p] = maps.Route{Prefix: p, Kind: maps.RouteTunnel}
+				}
+			}
+		}
+		r.pools, r.tunnel = v.pools, t
 		for p := range r.learned {
 			r.dirty[p] = true
 		}
@@ -153,7 +160,7 @@ func (r *routes) sync(v *view, t tunnel) error {
 	for batch := range slices.Chunk(slices.Collect(stdmaps.Keys(todo)), batchSize) {
 		errs = append(errs, r.write(batch, want)...)
 	}
-	errs = append(errs, r.putPools(v.nodes))
+	errs = append(errs, r.putPools(v.nodes, own))
 	if len(errs) > 3 {
 		errs = append(errs[:3], fmt.Errorf("and %d more", len(errs)-3))
 	}
@@ -265,14 +272,17 @@ func (r *routes) put(route bgp.Route, hops map[netip.Addr]hop) error {
 // putPools keeps a route for each whole pool, so that what goes to an address in no known block is neither masqueraded nor
 // sent out; unless a wider learned route says who knows those blocks. With a tunnel it also keeps one for each other host's
 // address, which may come out of it.
-func (r *routes) putPools(nodes map[string]*api.Node) error {
+func (r *routes) putPools(nodes map[string]*api.Node, own []netip.Prefix) error {
 	want := make(map[netip.Prefix]maps.Route, len(r.pools))
 	r.mu.Lock()
 	for _, p := range r.pools {
-		if _, learned := r.learned[p.CIDR]; learned {
-			continue
+		if _, learned := r.learned[p.CIDR]; learned || slices.Contains(own, p.CIDR) {
+			continue // which is its route, or its blackhole is
 		}
 		m := maps.Route{Kind: maps.RoutePool}
+		if p.Disabled { // it may name what others have, which the host's routes lead to
+			m.Kind = maps.RouteStack
+		}
 		for bits := range p.CIDR.Bits() {
 			wider, _ := p.CIDR.Addr().Prefix(bits)
 			if w, ok := r.written[wider]; ok {
@@ -377,6 +387,7 @@ func (r *routes) read() error {
 }
 
 func (r *routes) remove(p netip.Prefix) error {
+	delete(r.pooled, p) // a pool's own route of that prefix would go with it
 	if err := commit.RemoveRemote(r.a.maps, p); err != nil {
 		return err
 	}

@@ -62,17 +62,17 @@ func (a *Agent) setTunnel(ctx context.Context, v *view, self *api.Node) error {
 	if t.index, err = a.tunnelLink(t.mtu); err != nil {
 		return err
 	}
-	if t.v4, t.v6, err = a.tunnelAddresses(ctx, v4, v6); err != nil {
+	// A node that no such pool is for has no address in the tunnel, and no pod that would want one.
+	usable := func(v6 bool) bool {
+		return slices.ContainsFunc(v.usable, func(p api.IPPool) bool {
+			return p.Encapsulates() && !p.Disabled && p.CIDR.Addr().Is6() == v6
+		})
+	}
+	if t.v4, t.v6, err = a.tunnelAddresses(ctx, usable(false), usable(true)); err != nil {
 		return err
 	}
-	for _, addr := range []netip.Addr{t.v4, t.v6} {
-		if !addr.IsValid() {
-			continue
-		}
-		x := &netlink.Addr{IPNet: nl.Net(netip.PrefixFrom(addr, addr.BitLen())), Flags: unix.IFA_F_NODAD}
-		if err := netlink.AddrReplace(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: t.index}}, x); err != nil {
-			return fmt.Errorf("%w: give %s the address %s: %w", ErrTunnel, cni.TunnelName, addr, err)
-		}
+	if err := giveAddresses(t); err != nil {
+		return fmt.Errorf("%w: give %s its addresses: %w", ErrTunnel, cni.TunnelName, err)
 	}
 	if a.tunnel == t {
 		return nil
@@ -83,6 +83,28 @@ func (a *Agent) setTunnel(ctx context.Context, v *view, self *api.Node) error {
 	a.tunnel = t
 	a.Log.Info("tunnel", "interface", cni.TunnelName, "mtu", t.mtu, "vni", t.vni, "ipv4", t.v4, "ipv6", t.v6)
 	return nil
+}
+
+// giveAddresses makes the interface's addresses those of the tunnel and no other: one that it had may be a pod's now.
+func giveAddresses(t tunnel) error {
+	link := &netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: t.index}}
+	there, err := nl.Dump(func() ([]netlink.Addr, error) { return netlink.AddrList(link, netlink.FAMILY_ALL) })
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, x := range there {
+		if p, ok := prefixOf(x); ok && p.Addr() != t.v4 && p.Addr() != t.v6 {
+			errs = append(errs, netlink.AddrDel(link, &x))
+		}
+	}
+	for _, addr := range []netip.Addr{t.v4, t.v6} {
+		if addr.IsValid() {
+			x := &netlink.Addr{IPNet: nl.Net(netip.PrefixFrom(addr, addr.BitLen())), Flags: unix.IFA_F_NODAD}
+			errs = append(errs, netlink.AddrReplace(link, x))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // outerMTU is the smallest MTU of the interfaces that other hosts are behind.
@@ -150,8 +172,10 @@ func (a *Agent) tunnelLink(mtu int) (int, error) {
 		if there, err = netlink.LinkByName(cni.TunnelName); err != nil {
 			return 0, fmt.Errorf("%w: look for %s: %w", ErrTunnel, cni.TunnelName, err)
 		}
+	}
+	if there.Attrs().RawFlags&unix.IFF_NOARP == 0 {
 		// Neighbours need no asking: from_net takes what comes in for this host's, whatever its MAC address.
-		if err := errors.Join(netlink.LinkSetARPOff(there), netlink.LinkSetIP6AddrGenMode(there, 1 /* none */)); err != nil {
+		if err := errors.Join(netlink.LinkSetIP6AddrGenMode(there, 1 /* none */), netlink.LinkSetARPOff(there)); err != nil {
 			return 0, fmt.Errorf("%w: set up %s: %w", ErrTunnel, cni.TunnelName, err)
 		}
 	}
@@ -200,11 +224,15 @@ func (a *Agent) tunnelAddresses(ctx context.Context, want4, want6 bool) (v4, v6 
 	}
 	defer db.Close()
 	err = db.Update(func(tx *node.Tx) error {
-		if _, err := ipam.Release(tx, ipam.TunnelKey); err != nil {
-			return err
+		if v4.IsValid() && !want4 || v6.IsValid() && !want6 {
+			if _, err := ipam.Release(tx, ipam.TunnelKey); err != nil {
+				return err
+			}
+			v4, v6 = netip.Addr{}, netip.Addr{}
 		}
-		got, err := ipam.Assign(tx, ipam.Config{Cluster: true}, ipam.Request{Key: ipam.TunnelKey, V4: want4, V6: want6})
-		v4, v6 = netip.Addr{}, netip.Addr{}
+		got, err := ipam.Assign(tx, ipam.Config{Cluster: true}, ipam.Request{
+			Key: ipam.TunnelKey, V4: want4 && !v4.IsValid(), V6: want6 && !v6.IsValid(),
+		})
 		for _, x := range got {
 			sort(x)
 		}
@@ -216,31 +244,30 @@ func (a *Agent) tunnelAddresses(ctx context.Context, want4, want6 bool) (v4, v6 
 	return v4, v6, nil
 }
 
-// removeTunnel takes the interface away, and what goes by it.
+// removeTunnel takes the interface away, and what an agent before this one left of it.
 func (a *Agent) removeTunnel(ctx context.Context) error {
 	there, err := netlink.LinkByName(cni.TunnelName)
-	switch {
-	case nl.IsNotFound(err):
-		if a.tunnel == (tunnel{}) {
-			return nil
-		}
-	case err != nil:
+	if err != nil && !nl.IsNotFound(err) {
 		return fmt.Errorf("%w: look for %s: %w", ErrTunnel, cni.TunnelName, err)
-	case there.Attrs().Group != cni.LinkGroup:
-		return nil
-	default:
-		err := errors.Join(a.maps.SetTunnel(0), a.maps.RemoveUplink(uint32(there.Attrs().Index)), netlink.LinkDel(there))
-		if err != nil {
-			return fmt.Errorf("%w: remove %s: %w", ErrTunnel, cni.TunnelName, err)
-		}
 	}
-	db, err := node.Open(ctx, a.StateDir, a.nodeOptions())
+	link := err == nil && there.Attrs().Group == cni.LinkGroup
+	state, err := a.maps.State()
 	if err != nil {
 		return err
 	}
-	defer db.Close()
-	if err := db.Update(func(tx *node.Tx) error { _, err := ipam.Release(tx, ipam.TunnelKey); return err }); err != nil {
+	v4, v6, err := a.tunnelAddresses(ctx, false, false)
+	if err != nil {
 		return err
+	}
+	if !link && state.Tunnel == 0 && !v4.IsValid() && !v6.IsValid() {
+		return nil
+	}
+	errs := []error{a.maps.SetTunnel(0), a.maps.RemoveUplink(state.Tunnel)}
+	if link {
+		errs = append(errs, netlink.LinkDel(there))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("%w: remove %s: %w", ErrTunnel, cni.TunnelName, err)
 	}
 	a.tunnel = tunnel{}
 	a.Log.Info("tunnel removed", "interface", cni.TunnelName)

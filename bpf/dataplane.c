@@ -155,11 +155,16 @@ static __always_inline int to_pod_stages(struct __sk_buff *ctx, struct packet *p
 // tunnel_stage lets in what came encapsulated from the host that has its source's block, or its source. VERDICT_NEXT: it did.
 static __noinline int tunnel_stage(struct __sk_buff *ctx, const struct packet *p)
 {
+	__u32 ifindex = ctx->ifindex;
+	struct uplink *tunnel = bpf_map_lookup_elem(&caracal_uplinks, &ifindex);
 	struct route *r = find_route(source(p));
 	struct bpf_tunnel_key k = {};
 	__u8 outer[16] ADDRESS;
+	bool block;
 
-	if (!r || (r->kind != ROUTE_TUNNEL && !(r->flags & ROUTE_NODE)))
+	// A host may encapsulate before this one does: the mode of a pool reaches one of them first.
+	block = r && (r->kind == ROUTE_TUNNEL || r->kind == ROUTE_REMOTE);
+	if (!tunnel || !r || (!block && !(r->flags & ROUTE_NODE)))
 		return DROP_TUNNEL;
 	if (!bpf_skb_get_tunnel_key(ctx, &k, sizeof(k), 0))
 		put_address(outer, 0, v4_low(bpf_htonl(k.remote_ipv4)));
@@ -167,7 +172,7 @@ static __noinline int tunnel_stage(struct __sk_buff *ctx, const struct packet *p
 		__builtin_memcpy(outer, k.remote_ipv6, 16);
 	else
 		return DROP_TUNNEL;
-	if (!same_address(outer, r->kind == ROUTE_TUNNEL ? r->next_hop : source(p)))
+	if (k.tunnel_id != tunnel->vni || !same_address(outer, block ? r->next_hop : source(p)))
 		return DROP_TUNNEL;
 	if (ctx->pkt_type) // its inner MAC address is nobody's
 		bpf_skb_change_type(ctx, 0 /* PACKET_HOST */);

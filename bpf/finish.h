@@ -16,32 +16,6 @@ static __always_inline int send_on(struct __sk_buff *ctx, const struct packet *p
 	return bpf_redirect_neigh(p->to.ifindex, &hop, sizeof(hop), 0);
 }
 
-// send_encapsulated sends a packet to the host that has its destination, by VXLAN (RFC 7348). Its inner MAC addresses are
-// nobody's, so that no host need know another's: from_net takes what comes encapsulated for this host's.
-static __noinline int send_encapsulated(struct __sk_buff *ctx, const struct packet *p)
-{
-	struct uplink *tunnel = bpf_map_lookup_elem(&caracal_uplinks, &p->to.ifindex);
-	struct bpf_tunnel_key k = {};
-	__u8 macs[12];
-	__u64 flags = 0;
-
-	if (!tunnel)
-		return TC_ACT_SHOT;
-	k.tunnel_id = tunnel->vni;
-	if (is_v4(p->to.hop)) {
-		k.remote_ipv4 = bpf_ntohl(*(__be32 *)&p->to.hop[12]);
-		flags = BPF_F_ZERO_CSUM_TX;
-	} else {
-		__builtin_memcpy(k.remote_ipv6, p->to.hop, 16);
-		flags = BPF_F_TUNINFO_IPV6;
-	}
-	__builtin_memset(macs, 0xee, sizeof(macs));
-	if (bpf_skb_store_bytes(ctx, 0, macs, sizeof(macs), 0) || bpf_skb_set_tunnel_key(ctx, &k, sizeof(k), flags))
-		return TC_ACT_SHOT;
-	ctx->mark |= mark_judged; // for to_net
-	return bpf_redirect(p->to.ifindex, 0);
-}
-
 // finish counts and acts. "Pass" is TC_ACT_UNSPEC (= TCX_NEXT), so that other programs on the interface go on working.
 static __always_inline int finish(struct __sk_buff *ctx, const struct packet *p, int verdict)
 {
@@ -60,7 +34,8 @@ static __always_inline int finish(struct __sk_buff *ctx, const struct packet *p,
 	case FORWARD_NET:
 		return send_on(ctx, p);
 	case FORWARD_TUNNEL:
-		return send_encapsulated(ctx, p);
+		ctx->mark |= mark_judged; // for to_net
+		return bpf_redirect(p->to.ifindex, 0);
 	case ANSWER_ARP:
 	case ANSWER_ND:
 		return bpf_redirect(ctx->ifindex, 0);

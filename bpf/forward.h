@@ -55,6 +55,31 @@ static __always_inline int rewrite(struct __sk_buff *ctx, const struct packet *p
 	return verdict;
 }
 
+// encapsulate gives a packet the key by which the VXLAN interface sends it to the host that has its destination (RFC 7348). Its
+// inner MAC addresses are nobody's, so that no host need know another's: from_net takes what comes encapsulated for this host's.
+static __noinline int encapsulate(struct __sk_buff *ctx, const struct packet *p)
+{
+	struct uplink *tunnel = bpf_map_lookup_elem(&caracal_uplinks, &p->to.ifindex);
+	struct bpf_tunnel_key k = {};
+	__u8 macs[12];
+	__u64 flags = 0;
+
+	if (!tunnel)
+		return DROP_REWRITE;
+	k.tunnel_id = tunnel->vni;
+	if (is_v4(p->to.hop)) {
+		k.remote_ipv4 = bpf_ntohl(*(__be32 *)&p->to.hop[12]);
+		flags = BPF_F_ZERO_CSUM_TX;
+	} else {
+		__builtin_memcpy(k.remote_ipv6, p->to.hop, 16);
+		flags = BPF_F_TUNINFO_IPV6;
+	}
+	__builtin_memset(macs, 0xee, sizeof(macs));
+	if (bpf_skb_store_bytes(ctx, 0, macs, sizeof(macs), 0) || bpf_skb_set_tunnel_key(ctx, &k, sizeof(k), flags))
+		return DROP_REWRITE;
+	return FORWARD_TUNNEL;
+}
+
 // forward_stage sends a judged packet on by p->to. What needs more than a router's common work goes to the host's stack,
 // which has the same routes.
 static __always_inline int forward_stage(struct __sk_buff *ctx, struct packet *p)
@@ -74,7 +99,11 @@ static __always_inline int forward_stage(struct __sk_buff *ctx, struct packet *p
 			return STACK_MTU;
 		if (likely(p->to.forward == FORWARD_TO_POD))
 			return rewrite(ctx, p, FORWARD_POD);
-		return rewrite(ctx, p, p->to.forward == FORWARD_TO_NET ? FORWARD_NET : FORWARD_TUNNEL);
+		if (p->to.forward == FORWARD_TO_NET)
+			return rewrite(ctx, p, FORWARD_NET);
+		if (rewrite(ctx, p, FORWARD_TUNNEL) != FORWARD_TUNNEL)
+			return DROP_REWRITE;
+		return encapsulate(ctx, p);
 	case FORWARD_SHAPED:
 		p->mark = 1;
 		return STACK_SHAPED;

@@ -44,7 +44,7 @@
 	X(DROP_QUOTA, "new flow refused: the pod holds as many flows as it may")                                       \
 	X(DROP_FLOWS_FULL, "new flow refused: the flow table is full of live flows")                                   \
 	X(DROP_NO_STATE, "caracal_state is missing or of another version")                                             \
-	X(DROP_REWRITE, "could not be rewritten (out of memory)")                                                      \
+	X(DROP_REWRITE, "could not be rewritten or encapsulated (out of memory)")                                      \
 	X(FORWARD_NET, "sent out of an uplink to the next host")                                                       \
 	X(STACK_OTHER, "neither from nor to a pod of this node, as far as Caracal can tell: left alone")               \
 	X(DROP_SPOOF_NET, "came from the net with a source address of this node's pods or blocks")                     \
@@ -53,7 +53,8 @@
 	X(DROP_NAT_PROTOCOL, "can't be masqueraded: neither TCP, UDP nor an ICMP query")                               \
 	X(DROP_NAT_ADDRESS, "can't be masqueraded: the uplink has no address of that family")                          \
 	X(FORWARD_TUNNEL, "sent to the host that has its destination's block, encapsulated")                           \
-	X(DROP_TUNNEL, "came encapsulated from a host that does not have its source's block")                          \
+	X(DROP_TUNNEL,                                                                                                 \
+	  "came encapsulated in another network or from a host that does not have its source, or can't be parsed")     \
 	X(DROP_NAT_PORTS, "can't be masqueraded: every port towards its destination is in use")
 
 enum verdict {

@@ -49,7 +49,7 @@ var Verdicts = []Word{
 	{"drop_quota", "new flow refused: the pod holds as many flows as it may"},
 	{"drop_flows_full", "new flow refused: the flow table is full of live flows"},
 	{"drop_no_state", "caracal_state is missing or of another version"},
-	{"drop_rewrite", "could not be rewritten (out of memory)"},
+	{"drop_rewrite", "could not be rewritten or encapsulated (out of memory)"},
 	{"forward_net", "sent out of an uplink to the next host"},
 	{"stack_other", "neither from nor to a pod of this node, as far as Caracal can tell: left alone"},
 	{"drop_spoof_net", "came from the net with a source address of this node's pods or blocks"},
@@ -58,7 +58,6 @@ var Verdicts = []Word{
 	{"drop_nat_protocol", "can't be masqueraded: neither TCP, UDP nor an ICMP query"},
 	{"drop_nat_address", "can't be masqueraded: the uplink has no address of that family"},
 	{"forward_tunnel", "sent to the host that has its destination's block, encapsulated"},
-	{"drop_tunnel", "came encapsulated from a host that does not have its source's block"},
 	{"drop_nat_ports", "can't be masqueraded: every port towards its destination is in use"},
 }
 
