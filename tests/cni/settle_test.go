@@ -98,6 +98,12 @@ func TestSettleKilled(t *testing.T) {
 		}
 		return nil
 	})
+	eventually(t, "it is dead", func() error { // an ADD starts none beside one that holds the lock still
+		if n := len(h.settlers()); n > 0 {
+			return fmt.Errorf("%d run", n)
+		}
+		return nil
+	})
 	a.ping(b.addr(false))
 	c := h.pod().add()
 	for _, p := range []*pod{a, b, c} {
