@@ -53,8 +53,7 @@
 	X(DROP_NAT_PROTOCOL, "can't be masqueraded: neither TCP, UDP nor an ICMP query")                               \
 	X(DROP_NAT_ADDRESS, "can't be masqueraded: the uplink has no address of that family")                          \
 	X(FORWARD_TUNNEL, "sent to the host that has its destination's block, encapsulated")                           \
-	X(DROP_TUNNEL,                                                                                                 \
-	  "came encapsulated in another network or from a host that does not have its source, or can't be parsed")     \
+	X(DROP_TUNNEL, "came encapsulated, but not from the host that has its source, or can't be parsed")             \
 	X(DROP_NAT_PORTS, "can't be masqueraded: every port towards its destination is in use")
 
 enum verdict {

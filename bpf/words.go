@@ -58,6 +58,7 @@ var Verdicts = []Word{
 	{"drop_nat_protocol", "can't be masqueraded: neither TCP, UDP nor an ICMP query"},
 	{"drop_nat_address", "can't be masqueraded: the uplink has no address of that family"},
 	{"forward_tunnel", "sent to the host that has its destination's block, encapsulated"},
+	{"drop_tunnel", "came encapsulated, but not from the host that has its source, or can't be parsed"},
 	{"drop_nat_ports", "can't be masqueraded: every port towards its destination is in use"},
 }
 

@@ -16,7 +16,7 @@ import (
 )
 
 var (
-	entry = regexp.MustCompile(`X\(([A-Z][A-Z0-9_]+), "([^"]*)"\)`)
+	entry = regexp.MustCompile(`X\(([A-Z][A-Z0-9_]+),[\s\\]*"([^"]*)"\)`)
 	// mapComment is the comment above a map: from "// caracal_x: " to the struct.
 	mapComment = regexp.MustCompile(`(?m)((?:^// .*\n)+)struct \{\n(?:.*\n)*?\} (caracal_\w+) SEC`)
 	fieldNote  = regexp.MustCompile(`(?m)^\t[\w ]+?(\w+)(?:\[[^\]]*\])*(?: ADDRESS)?; +// (.*)$`)
