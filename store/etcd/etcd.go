@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/url"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
@@ -49,7 +50,8 @@ type Store struct {
 	open  context.Context // until Close
 	close context.CancelFunc
 
-	client chan *clientv3.Client // the one, nil before it is made; who uses it puts it back
+	client  chan *clientv3.Client // the one, nil before it is made; who uses it puts it back
+	watches atomic.Uint64         // how often one was begun
 }
 
 var _ store.Store = (*Store)(nil)

@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc/metadata"
 
 	"github.com/caracal-net/caracal/store"
 )
@@ -60,8 +62,10 @@ func (w *watch) begin(ctx context.Context) error {
 	if err != nil {
 		return w.store.explain(ctx, err)
 	}
+	// Watches of one context share a stream, so that one begun anew could come back to the member that was silent.
+	alone := metadata.AppendToOutgoingContext(w.open, "watch", strconv.FormatUint(w.store.watches.Add(1), 10))
 	// A member that lost its leader ends the watch, instead of staying silent for as long.
-	own, stop := context.WithCancel(clientv3.WithRequireLeader(w.open))
+	own, stop := context.WithCancel(clientv3.WithRequireLeader(alone))
 	given := context.AfterFunc(bounded, stop) // the library waits for a member without an end
 	told := c.Watch(own, w.prefix, clientv3.WithRange(clientv3.GetPrefixRangeEnd(w.prefix)), clientv3.WithRev(w.next),
 		clientv3.WithProgressNotify(), clientv3.WithCreatedNotify())
@@ -100,8 +104,6 @@ func (w *watch) Next(ctx context.Context) (store.Event, error) {
 }
 
 func (w *watch) nextEvent(ctx context.Context) (store.Event, error) {
-	quiet := time.NewTimer(max(0, w.store.timeout-time.Since(w.sure)))
-	defer quiet.Stop()
 	for {
 		if err := errors.Join(w.open.Err(), ctx.Err()); err != nil {
 			return store.Event{}, err
@@ -118,6 +120,7 @@ func (w *watch) nextEvent(ctx context.Context) (store.Event, error) {
 			if err := w.begin(ctx); err != nil {
 				return store.Event{}, err
 			}
+			w.sure = time.Now()
 		}
 		select {
 		case r, ok := <-w.told:
@@ -130,7 +133,7 @@ func (w *watch) nextEvent(ctx context.Context) (store.Event, error) {
 			if err != nil {
 				return store.Event{}, err
 			}
-		case <-quiet.C:
+		case <-time.After(w.store.timeout - time.Since(w.sure)):
 			// The library goes on looking for a member for ever. And the one that it has may answer, but hear nothing of
 			// the others: when its disk hangs, for one.
 			now, err := w.store.current(ctx, w.prefix)
@@ -145,7 +148,6 @@ func (w *watch) nextEvent(ctx context.Context) (store.Event, error) {
 				w.told = nil
 			}
 			w.sure = time.Now()
-			quiet.Reset(w.store.timeout)
 		case <-w.open.Done():
 		case <-ctx.Done():
 		}
