@@ -373,9 +373,14 @@ int from_net(struct __sk_buff *ctx)
 SEC("tc")
 int to_net(struct __sk_buff *ctx)
 {
+	if (likely(ctx->mark & mark_judged)) {
+		count(ctx, HOOK_TO_NET, FORWARD_JUDGED);
+		return TC_ACT_UNSPEC;
+	}
+
 	struct packet p = { .hook = HOOK_TO_NET };
 
-	return finish(ctx, &p, ctx->mark & mark_judged ? FORWARD_JUDGED : to_net_stages(ctx, &p));
+	return finish(ctx, &p, to_net_stages(ctx, &p));
 }
 
 // What purge removes. Zero everywhere removes the expired flows only.

@@ -16,10 +16,9 @@ static __always_inline int send_on(struct __sk_buff *ctx, const struct packet *p
 	return bpf_redirect_neigh(p->to.ifindex, &hop, sizeof(hop), 0);
 }
 
-// finish counts and acts. "Pass" is TC_ACT_UNSPEC (= TCX_NEXT), so that other programs on the interface go on working.
-static __always_inline int finish(struct __sk_buff *ctx, const struct packet *p, int verdict)
+static __always_inline void count(struct __sk_buff *ctx, enum hook hook, int verdict)
 {
-	__u32 index = p->hook * VERDICT_SPACE + (verdict & (VERDICT_SPACE - 1));
+	__u32 index = hook * VERDICT_SPACE + (verdict & (VERDICT_SPACE - 1));
 	struct count *c = bpf_map_lookup_elem(&caracal_counts, &index);
 
 	if (likely(c)) {
@@ -28,6 +27,12 @@ static __always_inline int finish(struct __sk_buff *ctx, const struct packet *p,
 		c->packets += segments ? segments : 1;
 		c->bytes += ctx->len;
 	}
+}
+
+// finish counts and acts. "Pass" is TC_ACT_UNSPEC (= TCX_NEXT), so that other programs on the interface go on working.
+static __always_inline int finish(struct __sk_buff *ctx, const struct packet *p, int verdict)
+{
+	count(ctx, p->hook, verdict);
 	if (likely(verdict == FORWARD_POD))
 		return bpf_redirect_peer(p->to.ifindex, 0);
 	switch (verdict) {
