@@ -13,6 +13,11 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type DataplaneClockArgs struct {
+	_   structs.HostLayout
+	Now uint64
+}
+
 type DataplaneCount struct {
 	_       structs.HostLayout
 	Packets uint64
@@ -238,6 +243,7 @@ const (
 	DataplaneMapCaracalState   = "caracal_state"
 	DataplaneMapCaracalUplinks = "caracal_uplinks"
 	DataplaneMapCaracalWork    = "caracal_work"
+	DataplaneProgClock         = "clock"
 	DataplaneProgFromNet       = "from_net"
 	DataplaneProgFromPod       = "from_pod"
 	DataplaneProgPlaceholder   = "placeholder"
@@ -245,6 +251,7 @@ const (
 	DataplaneProgToNet         = "to_net"
 	DataplaneProgToPod         = "to_pod"
 	DataplaneVarMarkJudged     = "mark_judged"
+	DataplaneVarTick           = "tick"
 	DataplaneVarTimeoutClosed  = "timeout_closed"
 	DataplaneVarTimeoutClosing = "timeout_closing"
 	DataplaneVarTimeoutIcmp    = "timeout_icmp"
@@ -296,6 +303,7 @@ type DataplaneSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type DataplaneProgramSpecs struct {
+	Clock       *ebpf.ProgramSpec `ebpf:"clock"`
 	FromNet     *ebpf.ProgramSpec `ebpf:"from_net"`
 	FromPod     *ebpf.ProgramSpec `ebpf:"from_pod"`
 	Placeholder *ebpf.ProgramSpec `ebpf:"placeholder"`
@@ -328,6 +336,7 @@ type DataplaneMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type DataplaneVariableSpecs struct {
 	MarkJudged     *ebpf.VariableSpec `ebpf:"mark_judged"`
+	Tick           *ebpf.VariableSpec `ebpf:"tick"`
 	TimeoutClosed  *ebpf.VariableSpec `ebpf:"timeout_closed"`
 	TimeoutClosing *ebpf.VariableSpec `ebpf:"timeout_closing"`
 	TimeoutIcmp    *ebpf.VariableSpec `ebpf:"timeout_icmp"`
@@ -395,6 +404,7 @@ func (m *DataplaneMaps) Close() error {
 // It can be passed to LoadDataplaneObjects or ebpf.CollectionSpec.LoadAndAssign.
 type DataplaneVariables struct {
 	MarkJudged     *ebpf.Variable `ebpf:"mark_judged"`
+	Tick           *ebpf.Variable `ebpf:"tick"`
 	TimeoutClosed  *ebpf.Variable `ebpf:"timeout_closed"`
 	TimeoutClosing *ebpf.Variable `ebpf:"timeout_closing"`
 	TimeoutIcmp    *ebpf.Variable `ebpf:"timeout_icmp"`
@@ -408,6 +418,7 @@ type DataplaneVariables struct {
 //
 // It can be passed to LoadDataplaneObjects or ebpf.CollectionSpec.LoadAndAssign.
 type DataplanePrograms struct {
+	Clock       *ebpf.Program `ebpf:"clock"`
 	FromNet     *ebpf.Program `ebpf:"from_net"`
 	FromPod     *ebpf.Program `ebpf:"from_pod"`
 	Placeholder *ebpf.Program `ebpf:"placeholder"`
@@ -418,6 +429,7 @@ type DataplanePrograms struct {
 
 func (p *DataplanePrograms) Close() error {
 	return _DataplaneClose(
+		p.Clock,
 		p.FromNet,
 		p.FromPod,
 		p.Placeholder,

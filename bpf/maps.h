@@ -119,7 +119,7 @@ struct flow_leg {
 	struct next_hop to;
 	__u64 packets;   // wire segments; approximate
 	__u64 bytes;     // of frames; approximate
-	__u64 last_seen; // CLOCK_MONOTONIC_COARSE, ns
+	__u64 last_seen; // ns, by the programs' own clock
 	__u64 bound;     // what of its key `to` was made for, see bound()
 };
 
@@ -143,7 +143,7 @@ enum PACKED flow_state {
 #define SEEN_FIN 1
 
 struct flow {
-	__u64 opened;       // CLOCK_MONOTONIC_COARSE, ns
+	__u64 opened;       // ns, by the programs' own clock
 	__u32 rule_egress;  // rule that allowed it at the opener; 0: no policy applied
 	__u32 rule_ingress; // rule that allowed it at the responder; 0: no policy applied
 	__u32 charged;      // ifindex of the pod whose quota it counts against; 0: its removal has begun

@@ -45,6 +45,7 @@ func Programs(o *DataplaneObjects) map[string]*ebpf.Program {
 		DataplaneProgFromNet:     o.FromNet,
 		DataplaneProgToNet:       o.ToNet,
 		DataplaneProgPurge:       o.Purge,
+		DataplaneProgClock:       o.Clock,
 		DataplaneProgPlaceholder: o.Placeholder,
 	}
 }

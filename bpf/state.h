@@ -8,6 +8,9 @@
 // to_pod and to_net let them pass. A packet loses its mark when it enters or leaves a pod, so no pod can set it.
 volatile const __u32 mark_judged = 0x00100000;
 
+// How long a tick of the kernel's is, in ns; the loader sets it.
+volatile const __u64 tick = 4000000;
+
 // How long a flow may be silent, in ns, before its place is taken by a new one.
 volatile const __u64 timeout_opening = 30 * SECOND;
 volatile const __u64 timeout_tcp = 3600 * SECOND;
@@ -31,7 +34,9 @@ static __always_inline struct work *work(void)
 	return bpf_map_lookup_elem(&caracal_work, &zero);
 }
 
+// now is the time in ns since some moment before the boot, as fine as a tick. It is read without a call, unlike the
+// kernel's clocks: that is noticeable in the time a packet takes.
 static __always_inline __u64 now(void)
 {
-	return bpf_ktime_get_coarse_ns();
+	return bpf_jiffies64() * tick;
 }

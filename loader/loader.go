@@ -201,6 +201,9 @@ func load(cfg Config, pinned map[string]*ebpf.Map) (*bpf.DataplaneObjects, error
 	for name, m := range pinned {
 		spec.Maps[name].MaxEntries = m.MaxEntries()
 	}
+	if err := setTick(spec); err != nil {
+		return nil, err
+	}
 	if err := setTimeouts(spec, cfg.Timeouts); err != nil {
 		return nil, err
 	}
@@ -212,6 +215,18 @@ func load(cfg Config, pinned map[string]*ebpf.Map) (*bpf.DataplaneObjects, error
 		return nil, fmt.Errorf("load programs: %w", err)
 	}
 	return &objects, nil
+}
+
+// setTick tells the programs how long a tick is: the resolution of the clocks that move by ticks (clock_getres(2)).
+func setTick(spec *ebpf.CollectionSpec) error {
+	var tick unix.Timespec
+	if err := unix.ClockGetres(unix.CLOCK_MONOTONIC_COARSE, &tick); err != nil {
+		return fmt.Errorf("read the length of a tick: %w", err)
+	}
+	if err := spec.Variables[bpf.DataplaneVarTick].Set(uint64(tick.Nano())); err != nil {
+		return fmt.Errorf("set tick: %w", err)
+	}
+	return nil
 }
 
 func setTimeouts(spec *ebpf.CollectionSpec, t Timeouts) error {

@@ -21,7 +21,6 @@ var needs = []struct {
 	{"bpf_redirect_peer", "5.10", func() error { return features.HaveProgramHelper(ebpf.SchedCLS, asm.FnRedirectPeer) }},
 	{"bpf_redirect_neigh", "5.10", func() error { return features.HaveProgramHelper(ebpf.SchedCLS, asm.FnRedirectNeigh) }},
 	{"bpf_check_mtu", "5.12", func() error { return features.HaveProgramHelper(ebpf.SchedCLS, asm.FnCheckMtu) }},
-	{"bpf_ktime_get_coarse_ns", "5.11", func() error { return features.HaveProgramHelper(ebpf.SchedCLS, asm.FnKtimeGetCoarseNs) }},
 	{"bpf_for_each_map_elem", "5.13", func() error { return features.HaveProgramHelper(ebpf.SchedCLS, asm.FnForEachMapElem) }},
 	{"SYSCALL programs", "5.14", func() error { return features.HaveProgramType(ebpf.Syscall) }},
 	{"LRU hash maps", "4.10", func() error { return features.HaveMapType(ebpf.LRUHash) }},

@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
-	"golang.org/x/sys/unix"
 
 	"github.com/caracal-net/caracal/bpf"
 )
@@ -58,11 +57,10 @@ func word[T ~uint8](words []string, v T) string {
 // Flows lists all flows, confirmed ones first, by protocol and opener. A flow that changes while it is listed may be
 // seen twice or not at all.
 func (m *Maps) Flows() ([]Flow, error) {
-	var now unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC_COARSE, &now); err != nil {
-		return nil, fmt.Errorf("read clock: %w", err)
+	at, err := m.now()
+	if err != nil {
+		return nil, err
 	}
-	at := uint64(now.Nano())
 	confirmed, err := m.listFlows(bpf.DataplaneMapCaracalFlows, bpf.DataplaneMapCaracalNat, at, true)
 	if err != nil {
 		return nil, err
@@ -104,6 +102,20 @@ func (m *Maps) listFlows(name, natMap string, at uint64, confirmed bool) ([]Flow
 		return cmp.Or(cmp.Compare(a.Protocol, b.Protocol), a.Opener.Compare(b.Opener), a.Responder.Compare(b.Responder))
 	})
 	return flows, nil
+}
+
+// now asks the programs for the time by their clock, ns.
+func (m *Maps) now() (uint64, error) {
+	p, err := m.program(bpf.DataplaneProgClock)
+	if err != nil {
+		return 0, err
+	}
+	defer p.Close()
+	var args bpf.DataplaneClockArgs
+	if _, err := p.Run(&ebpf.RunOptions{Context: args, ContextOut: &args}); err != nil {
+		return 0, fmt.Errorf("read the programs' clock: %w", err)
+	}
+	return args.Now, nil
 }
 
 func decodeFlow(k *bpf.DataplaneFlowKey, v *bpf.DataplaneFlow, at uint64) Flow {
@@ -150,9 +162,9 @@ func (m *Maps) PurgeFlows(addrs []netip.Addr) (int, error) {
 	if len(addrs) > PodAddresses {
 		return 0, fmt.Errorf("purge flows of %d addresses: at most %d", len(addrs), PodAddresses)
 	}
-	p, err := ebpf.LoadPinnedProgram(bpf.ProgramPath(m.dir, bpf.DataplaneProgPurge), nil)
+	p, err := m.program(bpf.DataplaneProgPurge)
 	if err != nil {
-		return 0, fmt.Errorf("open program purge: %w", err)
+		return 0, err
 	}
 	defer p.Close()
 	var args bpf.DataplanePurgeArgs
@@ -173,4 +185,12 @@ func (m *Maps) PurgeFlows(addrs []netip.Addr) (int, error) {
 		total += int(out.Removed)
 	}
 	return total, nil
+}
+
+func (m *Maps) program(name string) (*ebpf.Program, error) {
+	p, err := ebpf.LoadPinnedProgram(bpf.ProgramPath(m.dir, name), nil)
+	if err != nil {
+		return nil, fmt.Errorf("open program %s: %w", name, err)
+	}
+	return p, nil
 }
