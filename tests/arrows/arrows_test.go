@@ -23,6 +23,7 @@ var may = map[string][]string{
 	"node":   {"api"},
 	"ipam":   {"api", "node"},
 	"store":  {"api"},
+	"policy": {"api"},
 	"commit": {"maps", "node", "api", "policy"},
 	"bgp":    {},
 	"agent":  {"bgp", "store", "cni", "loader", "maps", "ipam", "node", "policy", "commit", "api"},
