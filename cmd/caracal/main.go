@@ -1,10 +1,9 @@
 // Command caracal is the CNI plugin. As caracal-ipam (or calico-ipam) it is the IPAM plugin for other main plugins; as
 // calico it is itself.
 //
-// At its start the Go runtime would read the process's cgroup and all mounts of the machine, to learn how many processors it
-// may use, though one thread does all the work here; and it would give each piece of its memory a name for /proc/self/maps.
+// The Go runtime would look now and then how many processors the process may use, though one thread does all the work here;
+// and it would give each piece of its memory a name for /proc/self/maps.
 //
-//go:debug containermaxprocs=0
 //go:debug updatemaxprocs=0
 //go:debug decoratemappings=0
 package main
