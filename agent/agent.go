@@ -109,6 +109,7 @@ func Run(ctx context.Context, c Config, s store.Store) error {
 	defer cancel()
 	wg.Go(func() { a.cluster.follow(ctx) })
 	wg.Go(func() { a.watchLocal(ctx) })
+	wg.Go(func() { a.watchLinks(ctx) })
 	a.loop(ctx)
 	if a.speaker != nil {
 		return a.speaker.Close(true)
@@ -153,6 +154,7 @@ func (a *Agent) loop(ctx context.Context) {
 				return
 			}
 		case <-timer.C:
+			a.routes.lookAgain()
 		}
 		next := rescan
 		if err := a.reconcile(ctx); err != nil && ctx.Err() == nil {

@@ -32,7 +32,9 @@ type routes struct {
 	written map[netip.Prefix]maps.Route // what is in the maps; nil: not read yet
 	learned map[netip.Prefix]bgp.Route
 	dirty   map[netip.Prefix]bool       // to be written, or to be taken away
+	stale   map[netip.Prefix]bool       // written, but the kernel's table has it otherwise, or not at all
 	whole   bool                        // every peer was heard, what is not learned goes
+	look    bool                        // the kernel's table may have changed
 	pools   []api.IPPool                // as they were when routes were written
 	tunnel  tunnel                      // likewise
 	pooled  map[netip.Prefix]maps.Route // what putPools has written
@@ -53,7 +55,8 @@ const alarmFor = 3 * time.Minute
 func newRoutes(a *Agent) *routes {
 	return &routes{
 		a: a, rtnl: &netlink.Handle{},
-		learned: make(map[netip.Prefix]bgp.Route), dirty: make(map[netip.Prefix]bool), alarms: make(map[bgp.Alarm]Alarm),
+		learned: make(map[netip.Prefix]bgp.Route), dirty: make(map[netip.Prefix]bool), stale: make(map[netip.Prefix]bool),
+		alarms: make(map[bgp.Alarm]Alarm), look: true,
 	}
 }
 
@@ -116,11 +119,18 @@ func (r *routes) heardAll() {
 	r.a.changed()
 }
 
+// lookAgain has the next sync compare the kernel's table: with a link that goes down, or an address that goes, it loses routes.
+func (r *routes) lookAgain() {
+	r.mu.Lock()
+	r.look = true
+	r.mu.Unlock()
+}
+
 // sync writes what changed. What can't be written is tried again the next time.
 func (r *routes) sync(v *view, own []netip.Prefix, t tunnel) error {
 	r.mu.Lock()
-	whole := r.whole
-	r.whole = false
+	whole, look := r.whole, r.look
+	r.whole, r.look = false, false
 	r.mu.Unlock()
 	var errs []error
 	if err := r.read(); err != nil {
@@ -132,7 +142,7 @@ func (r *routes) sync(v *view, own []netip.Prefix, t tunnel) error {
 		if t != r.tunnel { // what the kernel has of such a route beside the map may differ
 			for p, m := range r.written {
 				if m.Kind == maps.RouteTunnel {
-					r.written[p] = maps.Route{Prefix: p, Kind: maps.RouteTunnel}
+					r.stale[p] = true
 				}
 			}
 		}
@@ -142,10 +152,21 @@ func (r *routes) sync(v *view, own []netip.Prefix, t tunnel) error {
 		}
 		r.mu.Unlock()
 	}
-	if whole {
-		if err := r.forgetOld(); err != nil {
-			errs = append(errs, err)
+	var kernel map[netip.Prefix]netlink.Route
+	if whole || look {
+		var err error
+		if kernel, err = r.listKernel(); err != nil { // both the next time
+			r.mu.Lock()
+			r.whole, r.look = r.whole || whole, r.look || look
+			r.mu.Unlock()
+			return err
 		}
+	}
+	if look {
+		r.compare(kernel)
+	}
+	if whole {
+		r.forgetOld(kernel)
 	}
 	r.mu.Lock()
 	todo := r.dirty
@@ -249,7 +270,7 @@ func (r *routes) put(route bgp.Route, hops map[netip.Addr]hop) error {
 		m.Kind, m.IfIndex, m.MTU = maps.RouteRemote, uint32(h.ifindex), uint16(min(h.mtu, 65535))
 	}
 	r.mu.Lock()
-	same := r.written[route.Prefix] == m
+	same := r.written[route.Prefix] == m && !r.stale[route.Prefix]
 	r.mu.Unlock()
 	if same {
 		return nil
@@ -265,6 +286,7 @@ func (r *routes) put(route bgp.Route, hops map[netip.Addr]hop) error {
 	}
 	r.mu.Lock()
 	r.written[route.Prefix] = m
+	delete(r.stale, route.Prefix)
 	r.mu.Unlock()
 	return nil
 }
@@ -393,6 +415,7 @@ func (r *routes) remove(p netip.Prefix) error {
 	}
 	r.mu.Lock()
 	delete(r.written, p)
+	delete(r.stale, p)
 	r.mu.Unlock()
 	err := r.rtnl.RouteDel(&netlink.Route{Dst: nl.Net(p), Protocol: cni.RouteProtocol, Table: unix.RT_TABLE_MAIN})
 	if err != nil && !errors.Is(err, unix.ESRCH) {
@@ -401,32 +424,61 @@ func (r *routes) remove(p netip.Prefix) error {
 	return nil
 }
 
-// forgetOld marks what the kernel and the maps have of an earlier agent and no peer has said again.
-func (r *routes) forgetOld() error {
-	left := make(map[netip.Prefix]bool)
+// listKernel lists the routes to other hosts' blocks in the kernel's table.
+func (r *routes) listKernel() (map[netip.Prefix]netlink.Route, error) {
+	all := make(map[netip.Prefix]netlink.Route)
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		filter := &netlink.Route{Protocol: cni.RouteProtocol, Table: unix.RT_TABLE_MAIN}
 		list, err := nl.Dump(func() ([]netlink.Route, error) {
 			return r.rtnl.RouteListFiltered(family, filter, netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
 		})
 		if err != nil {
-			return fmt.Errorf("list routes: %w", err)
+			return nil, fmt.Errorf("list routes: %w", err)
 		}
 		for _, k := range list {
 			if p, ok := nl.Prefix(k.Dst); ok && (k.Gw != nil || r.tunnel.index != 0 && k.LinkIndex == r.tunnel.index) {
-				left[p] = true
+				all[p] = k
 			}
 		}
 	}
+	return all, nil
+}
+
+// compare marks what is to be written again: what the kernel has otherwise than the maps have it, or not at all. A next hop
+// may be reached in another way now, so all that is learned is looked at.
+func (r *routes) compare(kernel map[netip.Prefix]netlink.Route) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for p, m := range r.written {
+		k, ok := kernel[p]
+		same := ok && k.LinkIndex == int(m.IfIndex)
+		switch m.Kind {
+		case maps.RouteRemote:
+			same = same && k.Gw.Equal(m.NextHop.AsSlice())
+		case maps.RouteTunnel: // that it has an address for what leaves by it depends on the node's pools
+			same = same && k.Src.Equal(r.tunnel.source(p.Addr().Is6()).AsSlice())
+		}
+		if !same {
+			r.stale[p] = true
+		}
+	}
+	for p := range r.learned {
+		r.dirty[p] = true
+	}
+}
+
+// forgetOld marks what the kernel and the maps have of an earlier agent and no peer has said again.
+func (r *routes) forgetOld(kernel map[netip.Prefix]netlink.Route) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for p := range r.written {
-		left[p] = true
-	}
-	for p := range left {
 		if _, ok := r.learned[p]; !ok {
 			r.dirty[p] = true
 		}
 	}
-	return nil
+	for p := range kernel {
+		if _, ok := r.learned[p]; !ok {
+			r.dirty[p] = true
+		}
+	}
 }

@@ -93,13 +93,15 @@ func giveAddresses(t tunnel) error {
 		return err
 	}
 	var errs []error
+	has := make(map[netip.Addr]bool)
 	for _, x := range there {
-		if p, ok := prefixOf(x); ok && p.Addr() != t.v4 && p.Addr() != t.v6 {
+		p, ok := prefixOf(x)
+		if has[p.Addr()] = true; ok && p.Addr() != t.v4 && p.Addr() != t.v6 {
 			errs = append(errs, netlink.AddrDel(link, &x))
 		}
 	}
 	for _, addr := range []netip.Addr{t.v4, t.v6} {
-		if addr.IsValid() {
+		if addr.IsValid() && !has[addr] {
 			x := &netlink.Addr{IPNet: nl.Net(netip.PrefixFrom(addr, addr.BitLen())), Flags: unix.IFA_F_NODAD}
 			errs = append(errs, netlink.AddrReplace(link, x))
 		}

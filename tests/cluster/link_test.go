@@ -1,0 +1,89 @@
+package cluster
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/caracal-net/caracal/tools/lab"
+)
+
+// kernelRoutes are a host's own routes to other hosts' blocks, as ip-route(8) shows them.
+func kernelRoutes(t *testing.T, h *lab.Host) (all []string) {
+	t.Helper()
+	for _, family := range []string{"-4", "-6"} {
+		out := must1(h.Exec(t.Context(), "ip", family, "-d", "route", "show", "proto", "202"))(t)
+		for line := range strings.Lines(out) {
+			if strings.Contains(line, " via ") || strings.Contains(line, " encap ") {
+				all = append(all, strings.Join(strings.Fields(line), " "))
+			}
+		}
+	}
+	return all
+}
+
+// TestLinkDown: the kernel's routes come back after an interface was down, though no peer tells them again.
+func TestLinkDown(t *testing.T) {
+	l := newCluster(t, 2)
+	ctx := t.Context()
+	h, b := l.Host(1), l.Host(2).TestPod(t, "b", lab.PodOptions{})
+	must1(h.Exec(ctx, "sysctl", "-qw", "net.ipv6.conf.all.keep_addr_on_down=1", "net.ipv6.conf.eth0.keep_addr_on_down=1"))(t)
+	sessions := func() (since []time.Time) {
+		s, err := status(t, h)
+		must(t, err)
+		for _, p := range s.Peers {
+			since = append(since, p.Since)
+		}
+		return since
+	}
+	began := sessions()
+	flap := func(device string, whileDown func()) {
+		t.Helper()
+		before := kernelRoutes(t, h)
+		if len(before) != 2 {
+			t.Fatalf("%q", before)
+		}
+		must1(h.Exec(ctx, "ip", "link", "set", device, "down"))(t)
+		whileDown()
+		must1(h.Exec(ctx, "ip", "link", "set", device, "up"))(t)
+		begin := time.Now()
+		eventually(t, "the routes by "+device+" to be back", func() error {
+			if now := kernelRoutes(t, h); !slices.Equal(now, before) {
+				return fmt.Errorf("%q, were %q", now, before)
+			}
+			return nil
+		})
+		t.Logf("back %s after %s was up", time.Since(begin).Round(time.Millisecond), device)
+		pings(t, h.Namespace(), b.Addr(), 63)
+		pings(t, h.Namespace(), b.Addr6(), 63)
+	}
+	flap("eth0", func() {
+		if left := kernelRoutes(t, h); len(left) > 0 {
+			t.Errorf("the kernel has kept %q", left)
+		}
+		eventually(t, "the status to tell of it", func() error { return hasProblem(t, h, "routes", "next hop") })
+	})
+	ready(t, h, 1)
+	if now := sessions(); !slices.EqualFunc(now, began, time.Time.Equal) {
+		t.Errorf("BGP sessions began at %s, before at %s", now, began)
+	}
+
+	// One that somebody has removed is seen by the next look at everything.
+	must1(h.Exec(ctx, "ip", "route", "flush", "proto", "202", "via", l.Host(2).Addr().String()))(t)
+	pings(t, h.Namespace(), b.Addr(), 63)
+
+	ctl(t, h, vxlan("Always"), "apply", "-f", "-")
+	for _, h := range l.Hosts() {
+		eventually(t, h.Name+" has tunnel routes", func() error {
+			if now := kernelRoutes(t, h); len(now) != 2 || strings.Count(strings.Join(now, " "), " encap ") != 2 {
+				return fmt.Errorf("%q", now)
+			}
+			return nil
+		})
+	}
+	flap("vxlan.caracal", func() {}) // the agent has it up again at once
+	flap("eth0", func() {})
+	ready(t, h, 1)
+}
