@@ -55,16 +55,17 @@ const (
 // Agent is one node's reconciler.
 type Agent struct {
 	Config
-	store   store.Store
-	cluster *cluster
-	maps    *maps.Maps
-	speaker *bgp.Speaker
-	spoken  bgp.Config // the speaker's
-	routes  *routes
-	mark    string         // this host's own, see instance
-	uplinks map[string]int // name -> ifindex, as attached
-	tunnel  tunnel
-	idle    map[netip.Prefix]time.Time // since when a block has had no pod
+	store     store.Store
+	cluster   *cluster
+	maps      *maps.Maps
+	speaker   *bgp.Speaker
+	spoken    bgp.Config // the speaker's
+	routes    *routes
+	mark      string         // this host's own, see instance
+	uplinks   map[string]int // name -> ifindex, as attached
+	inherited bool           // what an earlier agent left on others was taken off
+	tunnel    tunnel
+	idle      map[netip.Prefix]time.Time // since when a block has had no pod
 
 	wake chan struct{}
 

@@ -40,13 +40,68 @@ func (a *Agent) attachUplinks(v *view, self *api.Node) error {
 			errs = append(errs, err)
 			continue
 		}
+		if was, ok := a.uplinks[name]; ok { // another interface of that name
+			errs = append(errs, a.maps.RemoveUplink(uint32(was)))
+		}
 		a.Log.Info("uplink", "interface", name)
 		a.uplinks[name] = index
+	}
+	if !a.inherited {
+		err := a.dropInherited(want)
+		a.inherited = err == nil
+		errs = append(errs, err)
 	}
 	for name := range a.uplinks {
 		if _, ok := want[name]; !ok {
 			errs = append(errs, loader.DetachNet(a.BPFFSDir, name), a.maps.RemoveUplink(uint32(a.uplinks[name])))
 			delete(a.uplinks, name)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// dropInherited takes off what an earlier agent left on interfaces that are no uplinks now. The tunnel's is setTunnel's.
+func (a *Agent) dropInherited(want map[string]int) error {
+	names, err := loader.Uplinks(a.BPFFSDir) // also of interfaces that are gone
+	if err != nil {
+		return err
+	}
+	there, err := a.maps.Uplinks()
+	if err != nil {
+		return err
+	}
+	links, err := nl.Dump(netlink.LinkList)
+	if err != nil {
+		return fmt.Errorf("list interfaces: %w", err)
+	}
+	want = stdmaps.Clone(want)
+	if state, err := a.maps.State(); err != nil {
+		return err
+	} else if state.NATPorts != (maps.Ports{}) { // the plugin's own, whatever --uplink says
+		outside, err := cni.DefaultUplinks(&netlink.Handle{})
+		if err != nil {
+			return err
+		}
+		stdmaps.Copy(want, outside)
+	}
+	keep := slices.Collect(stdmaps.Values(want))
+	for _, l := range links { // programs that are attached by clsact have no pins
+		switch at := l.Attrs(); {
+		case at.Name == cni.TunnelName:
+			keep = append(keep, at.Index)
+		case at.Group != cni.LinkGroup && !slices.Contains(names, at.Name):
+			names = append(names, at.Name)
+		}
+	}
+	var errs []error
+	for _, name := range names {
+		if _, ok := want[name]; !ok && name != cni.TunnelName {
+			errs = append(errs, loader.DetachNet(a.BPFFSDir, name))
+		}
+	}
+	for index := range there {
+		if !slices.Contains(keep, int(index)) {
+			errs = append(errs, a.maps.RemoveUplink(index))
 		}
 	}
 	return errors.Join(errs...)

@@ -2,11 +2,16 @@ package cluster
 
 import (
 	"fmt"
+	"net"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/caracal-net/caracal/loader"
+	"github.com/caracal-net/caracal/maps"
 	"github.com/caracal-net/caracal/tools/lab"
 )
 
@@ -86,4 +91,67 @@ func TestLinkDown(t *testing.T) {
 	flap("vxlan.caracal", func() {}) // the agent has it up again at once
 	flap("eth0", func() {})
 	ready(t, h, 1)
+}
+
+// TestUplinkChanged: an agent takes off what an earlier one left on interfaces that are no uplinks any more, and nothing else.
+func TestUplinkChanged(t *testing.T) {
+	l := newCluster(t, 2)
+	ctx := t.Context()
+	h, b := l.Host(1), l.Host(2).TestPod(t, "b", lab.PodOptions{})
+	a := h.TestPod(t, "a", lab.PodOptions{})
+	for i, name := range []string{"second", "third.7"} {
+		must1(h.Exec(ctx, "ip", "link", "add", name, "up", "type", "veth", "peer", "name", fmt.Sprint("peer", i)))(t)
+		must1(h.Exec(ctx, "ip", "addr", "add", fmt.Sprintf("203.0.113.%d/25", 1+128*i), "dev", name))(t)
+	}
+	uplinks := func(want ...string) {
+		t.Helper()
+		eventually(t, fmt.Sprintf("the uplinks to be %q", want), func() error {
+			names, err := loader.Uplinks(h.BPFDir())
+			must(t, err)
+			m, err := maps.Open(h.BPFDir())
+			must(t, err)
+			defer m.Close()
+			entries, err := m.Uplinks()
+			must(t, err)
+			if s, err := status(t, h); err != nil || !slices.Equal(names, want) || len(entries) != len(want) || !s.Ready {
+				return fmt.Errorf("programs on %q, addresses of %v, status %+v (%v)", names, entries, s, err)
+			}
+			return nil
+		})
+	}
+	again := func(arg ...string) {
+		t.Helper()
+		must(t, h.Signal(ctx, "caracald", unix.SIGTERM))
+		must(t, h.StartAgent(ctx, arg...))
+	}
+	again("--uplink", "eth0,second,third.*")
+	uplinks("eth0", "second", "third.7")
+	must(t, h.Signal(ctx, "caracald", unix.SIGTERM))
+	must1(h.Exec(ctx, "ip", "link", "del", "third.7"))(t)
+	must(t, h.StartAgent(ctx))
+	uplinks("eth0")
+	must(t, h.Do(func() error {
+		i, err := net.InterfaceByName("second")
+		if err != nil {
+			return err
+		}
+		if by, err := loader.AttachedNet(h.BPFDir(), "second", i.Index); err == nil {
+			t.Errorf("second has programs still, by %s", by)
+		}
+		return nil
+	}))
+	if _, err := seenBy(t, l, a, lab.Outside4); err != nil {
+		t.Error(err)
+	}
+
+	// The tunnel's programs and network id are there for every agent.
+	ctl(t, h, vxlan("Always"), "apply", "-f", "-")
+	uplinks("eth0", "vxlan.caracal")
+	again("--uplink", "second")
+	uplinks("eth0", "second", "vxlan.caracal") // eth0 has the default route: what is masqueraded leaves by it
+	pings(t, a.Namespace(), b.Addr(), 62)
+	again("--uplink", "eth0")
+	uplinks("eth0", "vxlan.caracal")
+	pings(t, a.Namespace(), b.Addr(), 62)
+	pings(t, b.Namespace(), a.Addr6(), 62)
 }
