@@ -526,5 +526,5 @@ func (a *adding) removeOrphan() error {
 	if err := loader.Detach(a.c.BPFFSDir, a.veth.hostName); err != nil {
 		return err
 	}
-	return a.removeVeth(a.veth.hostIndex, a.veth.addrs)
+	return a.removeVeth(a.c, a.veth.hostIndex, a.record)
 }

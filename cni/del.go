@@ -61,7 +61,7 @@ func (p *Plugin) teardownOnce(ctx context.Context, c *Config, key node.Key) (aga
 		return false, err
 	}
 	if ifindex != 0 {
-		if err := p.removeVeth(ifindex, e.Addrs); err != nil {
+		if err := p.removeVeth(c, ifindex, e); err != nil {
 			return false, err
 		}
 	}
@@ -209,13 +209,34 @@ const unlisted = 2 * time.Second
 
 // removeVeth removes the pair by the index of its host's end. The interfaces are gone from both namespaces within a
 // millisecond; after that the kernel waits for RCU grace periods, 20 to 50 ms. A detached process sits that out.
-func (p *Plugin) removeVeth(ifindex int, addrs []netip.Addr) error {
+func (p *Plugin) removeVeth(c *Config, ifindex int, e node.Endpoint) error {
+	addrs, err := unheld(c, e)
+	if err != nil {
+		return err
+	}
 	if p.Spawn != nil {
 		if err := p.Spawn("reap", strconv.Itoa(ifindex), joinAddrs(addrs)); err == nil && waitGone(ifindex) {
 			return nil
 		}
 	}
 	return reap(ifindex, addrs)
+}
+
+// unheld are those of an attachment's addresses that the maps have for no other pod: what the host's own connection tracking
+// knows of the others is the other pod's.
+func unheld(c *Config, e node.Endpoint) ([]netip.Addr, error) {
+	m, err := maps.Open(c.BPFFSDir)
+	if errors.Is(err, maps.ErrNotLoaded) {
+		return e.Addrs, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer m.Close()
+	return slices.DeleteFunc(slices.Clone(e.Addrs), func(a netip.Addr) bool {
+		r, err := m.Route(netip.PrefixFrom(a, a.BitLen()))
+		return err == nil && r.Kind == maps.RouteLocalPod && isOthers(int(r.IfIndex), e)
+	}), nil
 }
 
 // waitGone waits until an interface is off this namespace's list.

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/caracal-net/caracal/internal/netns"
+	"github.com/caracal-net/caracal/tests/testenv"
 )
 
 var update = flag.Bool("update", false, "rewrite the golden files")
@@ -292,14 +293,31 @@ func TestStranger(t *testing.T) {
 // TestAddressTaken: a pod that the database knows nothing of, because it was lost, keeps its address, its routes and its flows
 // from the ADD that is given the address anew.
 func TestAddressTaken(t *testing.T) {
+	testenv.NeedProgram(t, "nft", "nftables")
+	testenv.NeedProgram(t, "conntrack", "conntrack")
 	h := newHost(t)
 	old, other := h.pod().add(), h.pod().add()
 	other.ping(old.addr(false))
+	h.run("nft", "add table t; add chain t c { type filter hook input priority 0; }; add rule t c ct state new counter") // has the host track
+	h.run("sysctl", "-qw", "net.netfilter.nf_conntrack_icmp_timeout=600")
+	h.run("ping", "-c1", "-W1", old.addr(false).String())
+	at := old.addr(false).String()
+	tracked := func() bool {
+		t.Helper()
+		return strings.Contains(h.run("conntrack", "-L", "-d", at), " dst="+at)
+	}
+	if !tracked() {
+		t.Error("the host does not track what goes to the pod")
+	}
 	db := filepath.Join(h.state(), "node.db")
 	must(t, os.Rename(db, db+".lost"))
 	p := h.pod()
 	p.args = "IP=" + old.addr(false).String()
 	p.fails(102, "held by another pod", "ADD")
+	eventually(t, "what the ADD has begun ends", h.busy)
+	if !tracked() {
+		t.Error("the ADD that was refused had the host forget the pod's connections")
+	}
 	other.ping(old.addr(false))
 	h.run("ping", "-c1", "-W1", old.addr(false).String())
 	must(t, p.do("DEL"))
@@ -309,6 +327,10 @@ func TestAddressTaken(t *testing.T) {
 	check.conf = object{"prevResult": old.raw}
 	must(t, check.do("CHECK"))
 	old.del()
+	eventually(t, "what DEL has begun ends", h.busy)
+	if tracked() {
+		t.Error("the host still knows the connections of a pod that is gone")
+	}
 	other.del()
 	h.clean()
 }
