@@ -1,0 +1,120 @@
+package agent
+
+import (
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/caracal-net/caracal/api"
+	"github.com/caracal-net/caracal/bgp"
+	"github.com/caracal-net/caracal/internal/netns"
+	"github.com/caracal-net/caracal/loader"
+	"github.com/caracal-net/caracal/maps"
+)
+
+// onHost calls fn with an agent that has maps of its own, in a network namespace with eth0, 192.0.2.1/24.
+func onHost(t *testing.T, fn func(a *Agent) error) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: network namespaces, mounts, eBPF")
+	}
+	root, name := t.TempDir(), fmt.Sprintf("agent-%d", os.Getpid())
+	if err := unix.Mount("bpf", root, "bpf", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(root, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := netns.Create(name); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := netns.Delete(name); err != nil {
+			t.Error(err)
+		}
+	})
+	err := netns.Do(netns.Path(name), func() error {
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name = "eth0"
+		eth0 := &netlink.Veth{LinkAttrs: attrs, PeerName: "peer"}
+		addr, err := netlink.ParseAddr("192.0.2.1/24")
+		if err != nil {
+			return err
+		}
+		for _, do := range []func() error{
+			func() error { return netlink.LinkAdd(eth0) },
+			func() error { return netlink.LinkSetUp(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Name: "peer"}}) },
+			func() error { return netlink.LinkSetUp(eth0) },
+			func() error { return netlink.AddrAdd(eth0, addr) },
+		} {
+			if err := do(); err != nil {
+				return err
+			}
+		}
+		a := &Agent{Config: Config{Node: "h1", BPFFSDir: filepath.Join(root, "node"), StateDir: t.TempDir(), Log: slog.New(slog.DiscardHandler)}, wake: make(chan struct{}, 1)}
+		if err := loader.Ensure(loader.Config{Dir: a.BPFFSDir, MaxFlows: 1024}); err != nil {
+			return err
+		}
+		defer func() { _ = loader.Unload(a.BPFFSDir) }()
+		if a.maps, err = maps.Open(a.BPFFSDir); err != nil {
+			return err
+		}
+		defer a.maps.Close()
+		a.routes = newRoutes(a)
+		return fn(a)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestWithdrawnPool: a route that is withdrawn while a pool of the same prefix becomes known does not take the pool's along.
+func TestWithdrawnPool(t *testing.T) {
+	prefix := netip.MustParsePrefix("172.20.0.0/16")
+	kind := func(a *Agent) maps.RouteKind {
+		r, err := a.maps.Route(prefix)
+		if err != nil {
+			t.Error(err)
+		}
+		return r.Kind
+	}
+	onHost(t, func(a *Agent) error {
+		v := &view{}
+		a.routes.Learned(bgp.Route{Prefix: prefix, NextHop: netip.MustParseAddr("192.0.2.2")})
+		if err := a.routes.sync(v, nil, tunnel{}); err != nil {
+			return err
+		}
+		if got := kind(a); got != maps.RouteRemote {
+			t.Errorf("as learned it is %s", got)
+		}
+		a.routes.pools = []api.IPPool{{CIDR: prefix}}
+		a.routes.Withdrawn(prefix) // after a sync has written what was learned, before it writes the pools
+		if err := a.routes.putPools(nil, nil); err != nil {
+			return err
+		}
+		if got := kind(a); got != maps.RoutePool {
+			t.Errorf("as the pool's it is %s", got)
+		}
+		for range 2 {
+			if err := a.routes.sync(&view{pools: a.routes.pools}, nil, tunnel{}); err != nil {
+				return err
+			}
+			if got := kind(a); got != maps.RoutePool {
+				t.Errorf("once it was withdrawn it is %s", got)
+			}
+		}
+		kernel, err := a.routes.listKernel()
+		if _, there := kernel[prefix]; there {
+			t.Error("the kernel has the route still")
+		}
+		return err
+	})
+}
