@@ -144,14 +144,17 @@ func TestUplinkChanged(t *testing.T) {
 		t.Error(err)
 	}
 
-	// The tunnel's programs and network id are there for every agent.
-	ctl(t, h, vxlan("Always"), "apply", "-f", "-")
-	uplinks("eth0", "vxlan.caracal")
+	// A VXLAN pool needs no --uplink of its own, and the tunnel's programs and network id are there for every agent.
 	again("--uplink", "second")
-	uplinks("eth0", "second", "vxlan.caracal") // eth0 has the default route: what is masqueraded leaves by it
+	uplinks("eth0", "second") // eth0 has the default route: what is masqueraded leaves by it
+	ctl(t, h, vxlan("Always"), "apply", "-f", "-")
+	uplinks("eth0", "second", "vxlan.caracal")
 	pings(t, a.Namespace(), b.Addr(), 62)
 	again("--uplink", "eth0")
 	uplinks("eth0", "vxlan.caracal")
 	pings(t, a.Namespace(), b.Addr(), 62)
+	if counted(t, h, "from_net", "forward_pod") == 0 {
+		t.Error("nothing came to the pod by the programs of an uplink")
+	}
 	pings(t, b.Namespace(), a.Addr6(), 62)
 }

@@ -6,10 +6,15 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/caracal-net/caracal/ipam"
+	"github.com/caracal-net/caracal/node"
+	"github.com/caracal-net/caracal/tests/testenv"
 	"github.com/caracal-net/caracal/tools/lab"
 )
 
@@ -165,6 +170,122 @@ func TestVXLAN(t *testing.T) {
 	}
 	for _, to := range []netip.Addr{b.Addr(), b.Addr6()} {
 		pings(t, a.Namespace(), to, 62)
+	}
+}
+
+// inTunnel are a host's addresses in the tunnel: those that its interface has, and those that node.db has for it.
+func inTunnel(t *testing.T, h *lab.Host) (has, held []netip.Addr) {
+	t.Helper()
+	out, _ := h.Exec(t.Context(), "ip", "-o", "addr", "show", "dev", "vxlan.caracal") // there may be none
+	for _, m := range regexp.MustCompile(`inet6? (\S+)/`).FindAllStringSubmatch(out, -1) {
+		has = append(has, netip.MustParseAddr(m[1]))
+	}
+	db, err := node.OpenReadOnly(t.Context(), h.StateDir(), node.Options{BootIDFile: h.BootIDFile()})
+	must(t, err)
+	defer db.Close()
+	must(t, db.View(func(tx *node.Tx) error {
+		all, err := tx.Held(ipam.TunnelKey)
+		for _, x := range all {
+			held = append(held, x.Addr)
+		}
+		return err
+	}))
+	slices.SortFunc(has, netip.Addr.Compare)
+	slices.SortFunc(held, netip.Addr.Compare)
+	return has, held
+}
+
+// TestTunnelAddresses: a host's addresses in the tunnel are there as long as a pool of their family is encapsulated; then they are
+// off the interface, and a pod may have them.
+func TestTunnelAddresses(t *testing.T) {
+	l := newCluster(t, 2)
+	h, b := l.Host(1), l.Host(2).TestPod(t, "b", lab.PodOptions{})
+	change := func(pools string, families ...bool) (v4 netip.Addr) { // of each address, whether it is one of IPv6
+		t.Helper()
+		ctl(t, h, pools, "apply", "-f", "-")
+		eventually(t, fmt.Sprintf("addresses of families %v", families), func() error {
+			has, held := inTunnel(t, h)
+			if !slices.Equal(has, held) || !slices.EqualFunc(has, families, func(a netip.Addr, v6 bool) bool { return a.Is6() == v6 }) {
+				return fmt.Errorf("the interface has %v, node.db %v", has, held)
+			}
+			if len(has) > 0 {
+				v4 = has[0]
+			}
+			return nil
+		})
+		return v4
+	}
+	had := change(vxlan("Always"), false, true)
+	change(strings.Replace(pools, `244::/64"`, `244::/64", vxlanMode: Always`, 1), true)
+	p := h.TestPod(t, "heir", lab.PodOptions{IPs: []netip.Addr{had}})
+	if p.Addr() != had {
+		t.Fatalf("the pod has %s, asked for %s", p.Addr(), had)
+	}
+	pings(t, p.Namespace(), b.Addr(), 62)
+	pings(t, p.Namespace(), b.Addr6(), 62)
+	pings(t, h.Namespace(), had, 64)
+	change(pools)
+	if out, err := h.Exec(t.Context(), "ip", "link", "show", "vxlan.caracal"); err == nil {
+		t.Error(out)
+	}
+	change(vxlan("Always"), false, true)
+	pings(t, p.Namespace(), b.Addr(), 62)
+	ready(t, h, 1)
+	ctl(t, h, "", "ipam", "check")
+}
+
+// TestPoolIsBlock: pools of just one block. Its node has it as its own, with nothing to complain of; the other learns a route that
+// is as wide as the pool.
+func TestPoolIsBlock(t *testing.T) {
+	const one = `apiVersion: projectcalico.org/v3
+kind: IPPool
+metadata: {name: %s}
+spec: {cidr: %q, natOutgoing: true, vxlanMode: %s, nodeSelector: rack == "%s"}
+---
+`
+	const racks = `apiVersion: projectcalico.org/v3
+kind: Node
+metadata: {name: h1, labels: {rack: a}}
+---
+apiVersion: projectcalico.org/v3
+kind: Node
+metadata: {name: h2, labels: {rack: b}}
+`
+	small := func(mode string) string {
+		return fmt.Sprintf(one+one+one+one, "a4", "10.244.0.0/26", mode, "a", "b4", "10.245.0.0/26", mode, "b",
+			"a6", "2001:db8:244::/122", mode, "a", "b6", "2001:db8:245::/122", mode, "b")
+	}
+	l := newClusterOf(t, 2, small("Never")+racks, testenv.Bin)
+	h1, h2 := l.Host(1), l.Host(2)
+	a, b := h1.TestPod(t, "a", lab.PodOptions{}), h2.TestPod(t, "b", lab.PodOptions{})
+	for _, mode := range []string{"Never", "Always", "Never"} {
+		ctl(t, h1, small(mode), "apply", "-f", "-")
+		kind := map[string]string{"Never": "remote", "Always": "tunnel"}[mode]
+		for _, h := range l.Hosts() {
+			eventually(t, h.Name+" has routes to the other's blocks, and none to its own", func() error {
+				var routes []struct{ Prefix, Kind string }
+				if err := json.Unmarshal([]byte(ctl(t, h, "", "routes", "-o", "json")), &routes); err != nil {
+					return err
+				}
+				kinds := make(map[string]int)
+				for _, r := range routes {
+					if strings.HasSuffix(r.Prefix, "/26") || strings.HasSuffix(r.Prefix, "/122") {
+						kinds[r.Kind]++
+					}
+				}
+				if len(kinds) != 2 || kinds[kind] != 2 || kinds["blackhole"] != 2 {
+					return fmt.Errorf("%v", routes)
+				}
+				return nil
+			})
+			ready(t, h, 1)
+		}
+		for _, to := range []netip.Addr{b.Addr(), b.Addr6()} {
+			pings(t, a.Namespace(), to, 62)
+		}
+		if seen, err := seenBy(t, l, a, lab.Outside4); err != nil || seen.Addr() != h1.Addr() {
+			t.Errorf("the world sees %s (%v), want %s", seen, err, h1.Addr())
+		}
 	}
 }
 
