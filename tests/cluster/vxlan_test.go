@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caracal-net/caracal/agent"
 	"github.com/caracal-net/caracal/ipam"
 	"github.com/caracal-net/caracal/node"
 	"github.com/caracal-net/caracal/tests/testenv"
@@ -286,6 +287,65 @@ metadata: {name: h2, labels: {rack: b}}
 		if seen, err := seenBy(t, l, a, lab.Outside4); err != nil || seen.Addr() != h1.Addr() {
 			t.Errorf("the world sees %s (%v), want %s", seen, err, h1.Addr())
 		}
+	}
+}
+
+// TestVXLANOverIPv6: hosts without an IPv4 address, whose pods' packets are encapsulated in IPv6.
+func TestVXLANOverIPv6(t *testing.T) {
+	testenv.NeedRoot(t)
+	ctx := t.Context()
+	l := lab.New(t, lab.Config{Hosts: 2, Outside: true, Cluster: true, Caracal: testenv.Bin(t, "caracal")})
+	var text strings.Builder
+	for i, h := range l.Hosts() {
+		fmt.Fprintf(&text, `apiVersion: projectcalico.org/v3
+kind: Node
+metadata: {name: %[1]s, labels: {is: %[1]s}}
+spec: {bgp: {ipv6Address: '%[2]s/64'}}
+---
+apiVersion: projectcalico.org/v3
+kind: IPPool
+metadata: {name: of-%[1]s}
+spec: {cidr: '2001:db8:24%[3]d::/112', vxlanMode: Always, natOutgoing: true, nodeSelector: is == "%[1]s"}
+---
+`, h.Name, h.Addr6(), 4+i)
+	}
+	for _, h := range l.Hosts() {
+		must1(h.Exec(ctx, "ip", "-4", "addr", "flush", "dev", "eth0"))(t)
+		ctl(t, h, text.String(), "apply", "-f", "-")
+		must(t, h.StartAgent(ctx, "--ip", ""))
+	}
+	for _, h := range l.Hosts() {
+		is(t, h, "has a session and a tunnel route", func(s agent.Status) bool {
+			return s.Ready && len(s.Problems) == 0 && len(peersWith(s, true)) == 1 && s.Written == 1 && slices.Contains(s.Uplinks, "vxlan.caracal")
+		})
+	}
+	h1, h2 := l.Host(1), l.Host(2)
+	a, b := h1.TestPod(t, "a", lab.PodOptions{}), h2.TestPod(t, "b", lab.PodOptions{})
+	pings(t, a.Namespace(), b.Addr6(), 62)
+	pings(t, b.Namespace(), a.Addr6(), 62)
+	pings(t, h1.Namespace(), b.Addr6(), 63)
+	if n, m := counted(t, h1, "from_pod", "forward_tunnel"), counted(t, h2, "from_net", "forward_pod"); n < 3 || m < 3 {
+		t.Errorf("%d packets went into the tunnel, %d came out of it to pods", n, m)
+	}
+	routes := kernelRoutes(t, h1)
+	if len(routes) != 1 || !strings.Contains(routes[0], "dst "+h2.Addr6().String()) {
+		t.Errorf("%q", routes)
+	}
+	if _, err := a.Exec(ctx, "ping", "-c", "1", "-W", "1", "-M", "do", "-s", fmt.Sprint(1500-70-48), b.Addr6().String()); err != nil {
+		t.Errorf("a packet of the tunnel's MTU: %v", err)
+	}
+	if out, err := a.Exec(ctx, "ping", "-c", "1", "-W", "1", "-M", "do", "-s", fmt.Sprint(1500-70-48+1), b.Addr6().String()); err == nil || !strings.Contains(err.Error()+out, "1430") {
+		t.Errorf("a packet beyond it: %v %s", err, out)
+	}
+	if _, err := a.Exec(ctx, "ping", "-c", "1", "-W", "1", "-s", "4000", b.Addr6().String()); err != nil {
+		t.Errorf("fragments: %v", err)
+	}
+	seen, err := seenBy(t, l, a, lab.Outside6)
+	if err != nil || seen.Addr() != h1.Addr6() {
+		t.Errorf("the world sees %s (%v), want %s", seen, err, h1.Addr6())
+	}
+	for _, h := range l.Hosts() {
+		t.Logf("%s# caracalctl doctor\n%s", h.Name, ctl(t, h, "", "doctor", "--resolv-conf", "/dev/null"))
 	}
 }
 
