@@ -45,11 +45,12 @@ type Config struct {
 }
 
 const (
-	settleFor = 50 * time.Millisecond // changes that come together are looked at together
-	retryFrom = 500 * time.Millisecond
-	retryTo   = 15 * time.Second
-	localLook = 100 * time.Millisecond // how often node.db is looked at for what ADD and DEL did
-	rescan    = 10 * time.Second       // compare everything, whatever was missed
+	settleFor  = 50 * time.Millisecond // changes that come together are looked at together
+	retryFrom  = 500 * time.Millisecond
+	retryTo    = 15 * time.Second
+	localLook  = 100 * time.Millisecond // how often node.db is looked at for what ADD and DEL did
+	rescan     = 10 * time.Second       // compare everything, whatever was missed
+	missingFor = time.Minute            // how long an address of this node may be away
 )
 
 // Agent is one node's reconciler.
@@ -66,6 +67,8 @@ type Agent struct {
 	inherited bool           // what an earlier agent left on others was taken off
 	tunnel    tunnel
 	idle      map[netip.Prefix]time.Time // since when a block has had no pod
+	found     [2]netip.Prefix            // this node's addresses for its peers, IPv4 and IPv6, where none are configured
+	missing   time.Time                  // since when one of them is not there
 
 	wake chan struct{}
 

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -11,6 +12,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/vishvananda/netlink"
 
@@ -141,13 +143,32 @@ func (a *Agent) instance(ctx context.Context) (id string, err error) {
 	return id, db.Update(func(tx *node.Tx) error { return tx.PutSetting(instanceSetting, id) })
 }
 
-// addresses are this node's for its peers: the configured ones, or the first global ones of the interface with the default
-// route.
+// addresses are this node's for its peers: the configured ones, or those that are found. One that was found and is not there
+// is kept for a while: with its link it goes, and it comes back later than the others (RFC 4862), while without it all BGP
+// sessions would begin anew.
 func (a *Agent) addresses() (ip4, ip6 netip.Prefix, err error) {
-	ip4, ip6 = a.IPv4, a.IPv6
-	if ip4.IsValid() || ip6.IsValid() {
-		return ip4, ip6, nil
+	if a.IPv4.IsValid() || a.IPv6.IsValid() {
+		return a.IPv4, a.IPv6, nil
 	}
+	ip4, ip6, err = findAddresses()
+	if err != nil {
+		return ip4, ip6, err
+	}
+	had := a.found
+	if had[0].IsValid() && !ip4.IsValid() || had[1].IsValid() && !ip6.IsValid() {
+		if a.missing.IsZero() {
+			a.missing = time.Now()
+		}
+		if time.Since(a.missing) < missingFor {
+			return cmp.Or(ip4, had[0]), cmp.Or(ip6, had[1]), nil
+		}
+	}
+	a.found, a.missing = [2]netip.Prefix{ip4, ip6}, time.Time{}
+	return ip4, ip6, nil
+}
+
+// findAddresses finds the first global ones of the interface with the default route.
+func findAddresses() (ip4, ip6 netip.Prefix, err error) {
 	for _, to := range []netip.Addr{netip.MustParseAddr("203.0.113.1"), netip.MustParseAddr("2001:db8:ffff:ffff::1")} {
 		routes, err := netlink.RouteGet(to.AsSlice())
 		if err != nil || len(routes) == 0 {
