@@ -15,8 +15,9 @@ import (
 // masqueraded by follow them. Pods' interfaces are left out: node.db tells of them.
 func (a *Agent) watchLinks(ctx context.Context) {
 	for ctx.Err() == nil {
-		err := a.followLinks(ctx)
-		a.problem("links", err)
+		if err := a.followLinks(ctx); err != nil {
+			a.problem("links", err)
+		}
 		a.routes.lookAgain() // for what was not heard
 		a.changed()
 		select {
@@ -44,6 +45,7 @@ func (a *Agent) followLinks(ctx context.Context) error {
 		close(addrs)
 		return fmt.Errorf("listen for changes of addresses: %w", err)
 	}
+	a.problem("links", nil)
 	for {
 		select {
 		case l, ok := <-links:

@@ -40,7 +40,7 @@ func (a *Agent) status() Status {
 	speaker := a.speaking
 	a.mu.Unlock()
 	a.routes.mu.Lock()
-	s.Learned, s.Written = len(a.routes.learned), len(a.routes.written)
+	s.Learned, s.Written = len(a.routes.learned), len(a.routes.written)-len(a.routes.stale)
 	a.routes.mu.Unlock()
 	s.Alarms = a.routes.recent()
 	if speaker != nil {

@@ -88,6 +88,20 @@ func TestLinkDown(t *testing.T) {
 			return nil
 		})
 	}
+	// A look, after a change of links, writes only what is not as it should be.
+	before, monitor := kernelRoutes(t, h), follow(t, h, "ip", "monitor", "route")
+	must1(h.Exec(ctx, "ip", "-4", "route", "flush", "proto", "202", "dev", "vxlan.caracal"))(t)
+	must1(h.Exec(ctx, "ip", "link", "add", "another", "type", "veth", "peer", "name", "other"))(t)
+	eventually(t, "the route by the tunnel to be back", func() error {
+		if now := kernelRoutes(t, h); !slices.Equal(now, before) {
+			return fmt.Errorf("%q, were %q", now, before)
+		}
+		return nil
+	})
+	pings(t, h.Namespace(), b.Addr(), 63)
+	if out := monitor(); strings.Contains(out, "2001:db8:244:") {
+		t.Errorf("the kernel tells of %s", out)
+	}
 	flap("vxlan.caracal", func() {}) // the agent has it up again at once
 	flap("eth0", func() {})
 	ready(t, h, 1)
