@@ -24,6 +24,36 @@ type DataplaneCount struct {
 	Bytes   uint64
 }
 
+type DataplaneEvent struct {
+	_               structs.HostLayout
+	Time            uint64
+	Source          [16]uint8
+	Destination     [16]uint8
+	SourcePort      uint16
+	DestinationPort uint16
+	Ifindex         uint32
+	RuleEgress      uint32
+	RuleIngress     uint32
+	Length          uint32
+	Epoch           uint32
+	Kind            DataplaneEventKind
+	Hook            uint8
+	Verdict         uint8
+	Log             uint8
+	Protocol        uint8
+	IcmpType        uint8
+	IcmpCode        uint8
+	Pad             uint8
+}
+
+type DataplaneEventKind uint8
+
+const (
+	DataplaneEventKindEVENT_NONE DataplaneEventKind = 0
+	DataplaneEventKindEVENT_DROP DataplaneEventKind = 1
+	DataplaneEventKindEVENT_LOG  DataplaneEventKind = 2
+)
+
 type DataplaneFlow struct {
 	_           structs.HostLayout
 	Opened      uint64
@@ -36,7 +66,9 @@ type DataplaneFlow struct {
 	Opener      uint8
 	Seen        [2]uint8
 	Masqueraded uint8
-	Pad         [10]uint8
+	IcmpType    uint8
+	IcmpCode    uint8
+	Pad         [8]uint8
 	Leg         [2]DataplaneFlowLeg
 }
 
@@ -100,7 +132,9 @@ type DataplaneFragment struct {
 	SourcePort      uint16
 	DestinationPort uint16
 	Protocol        uint8
-	Pad             [3]uint8
+	IcmpType        uint8
+	IcmpCode        uint8
+	Pad             uint8
 }
 
 type DataplaneFragmentKey struct {
@@ -130,6 +164,11 @@ type DataplaneNextHop struct {
 	Hop     [16]uint8
 }
 
+type DataplanePeer struct {
+	_        structs.HostLayout
+	Identity [2]uint32
+}
+
 type DataplanePod struct {
 	_       structs.HostLayout
 	Slot    [2]DataplanePodSlot
@@ -146,6 +185,38 @@ type DataplanePodSlot struct {
 	Network       uint32
 	Mtu           uint16
 	Flags         uint16
+}
+
+type DataplanePolicyAction uint8
+
+const (
+	DataplanePolicyActionPOLICY_NONE  DataplanePolicyAction = 0
+	DataplanePolicyActionPOLICY_ALLOW DataplanePolicyAction = 1
+	DataplanePolicyActionPOLICY_DENY  DataplanePolicyAction = 2
+)
+
+type DataplanePolicyKey struct {
+	_         structs.HostLayout
+	Prefixlen uint32
+	Policy    uint32
+	Identity  uint32
+	Protocol  uint8
+	Pad       uint8
+	Port      uint16
+}
+
+type DataplanePolicyRow struct {
+	_      structs.HostLayout
+	Action DataplanePolicyAction
+	Flags  uint8
+	Pad    uint16
+	Rule   uint32
+}
+
+type DataplanePrefix struct {
+	_         structs.HostLayout
+	Prefixlen uint32
+	Address   [16]uint8
 }
 
 type DataplanePurgeArgs struct {
@@ -170,12 +241,6 @@ type DataplaneRoute struct {
 	Mtu     uint16
 	Ifindex uint32
 	NextHop [16]uint8
-}
-
-type DataplaneRouteKey struct {
-	_         structs.HostLayout
-	Prefixlen uint32
-	Address   [16]uint8
 }
 
 type DataplaneRouteKind uint8
@@ -205,6 +270,13 @@ type DataplaneState struct {
 	Build    [8]uint8
 }
 
+type DataplaneTold struct {
+	_      structs.HostLayout
+	Since  uint64
+	Events uint64
+	Lost   uint64
+}
+
 type DataplaneUplink struct {
 	_         structs.HostLayout
 	AddressV4 [16]uint8
@@ -224,6 +296,24 @@ type DataplaneWork struct {
 	GoneAnswer DataplaneFlowKey
 	Taken      DataplaneFlowKey
 	Flow       DataplaneFlow
+	Event      DataplaneEvent
+	Judged     struct {
+		_           structs.HostLayout
+		RuleEgress  uint32
+		RuleIngress uint32
+		Log         uint32
+		Pad         uint32
+	}
+	First struct {
+		_           structs.HostLayout
+		RuleEgress  uint32
+		RuleIngress uint32
+		Log         uint32
+		Pad         uint32
+	}
+	Peer DataplanePrefix
+	Row  DataplanePolicyKey
+	_    [4]byte
 }
 
 // Names of all BPF objects in the ELF.
@@ -231,16 +321,21 @@ type DataplaneWork struct {
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	DataplaneMapCaracalCounts  = "caracal_counts"
+	DataplaneMapCaracalEvents  = "caracal_events"
 	DataplaneMapCaracalFlows   = "caracal_flows"
 	DataplaneMapCaracalFrags   = "caracal_frags"
 	DataplaneMapCaracalNat     = "caracal_nat"
 	DataplaneMapCaracalNatopen = "caracal_natopen"
 	DataplaneMapCaracalOpens   = "caracal_opens"
+	DataplaneMapCaracalPeers   = "caracal_peers"
 	DataplaneMapCaracalPods    = "caracal_pods"
+	DataplaneMapCaracalPolicy  = "caracal_policy"
 	DataplaneMapCaracalQuota   = "caracal_quota"
 	DataplaneMapCaracalRoutes  = "caracal_routes"
+	DataplaneMapCaracalRules   = "caracal_rules"
 	DataplaneMapCaracalSlots   = "caracal_slots"
 	DataplaneMapCaracalState   = "caracal_state"
+	DataplaneMapCaracalTold    = "caracal_told"
 	DataplaneMapCaracalUplinks = "caracal_uplinks"
 	DataplaneMapCaracalWork    = "caracal_work"
 	DataplaneProgClock         = "clock"
@@ -250,6 +345,7 @@ const (
 	DataplaneProgPurge         = "purge"
 	DataplaneProgToNet         = "to_net"
 	DataplaneProgToPod         = "to_pod"
+	DataplaneVarEventRate      = "event_rate"
 	DataplaneVarMarkJudged     = "mark_judged"
 	DataplaneVarTick           = "tick"
 	DataplaneVarTimeoutClosed  = "timeout_closed"
@@ -317,16 +413,21 @@ type DataplaneProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type DataplaneMapSpecs struct {
 	CaracalCounts  *ebpf.MapSpec `ebpf:"caracal_counts"`
+	CaracalEvents  *ebpf.MapSpec `ebpf:"caracal_events"`
 	CaracalFlows   *ebpf.MapSpec `ebpf:"caracal_flows"`
 	CaracalFrags   *ebpf.MapSpec `ebpf:"caracal_frags"`
 	CaracalNat     *ebpf.MapSpec `ebpf:"caracal_nat"`
 	CaracalNatopen *ebpf.MapSpec `ebpf:"caracal_natopen"`
 	CaracalOpens   *ebpf.MapSpec `ebpf:"caracal_opens"`
+	CaracalPeers   *ebpf.MapSpec `ebpf:"caracal_peers"`
 	CaracalPods    *ebpf.MapSpec `ebpf:"caracal_pods"`
+	CaracalPolicy  *ebpf.MapSpec `ebpf:"caracal_policy"`
 	CaracalQuota   *ebpf.MapSpec `ebpf:"caracal_quota"`
 	CaracalRoutes  *ebpf.MapSpec `ebpf:"caracal_routes"`
+	CaracalRules   *ebpf.MapSpec `ebpf:"caracal_rules"`
 	CaracalSlots   *ebpf.MapSpec `ebpf:"caracal_slots"`
 	CaracalState   *ebpf.MapSpec `ebpf:"caracal_state"`
+	CaracalTold    *ebpf.MapSpec `ebpf:"caracal_told"`
 	CaracalUplinks *ebpf.MapSpec `ebpf:"caracal_uplinks"`
 	CaracalWork    *ebpf.MapSpec `ebpf:"caracal_work"`
 }
@@ -335,6 +436,7 @@ type DataplaneMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type DataplaneVariableSpecs struct {
+	EventRate      *ebpf.VariableSpec `ebpf:"event_rate"`
 	MarkJudged     *ebpf.VariableSpec `ebpf:"mark_judged"`
 	Tick           *ebpf.VariableSpec `ebpf:"tick"`
 	TimeoutClosed  *ebpf.VariableSpec `ebpf:"timeout_closed"`
@@ -367,16 +469,21 @@ func (o *DataplaneObjects) Close() error {
 // It can be passed to LoadDataplaneObjects or ebpf.CollectionSpec.LoadAndAssign.
 type DataplaneMaps struct {
 	CaracalCounts  *ebpf.Map `ebpf:"caracal_counts"`
+	CaracalEvents  *ebpf.Map `ebpf:"caracal_events"`
 	CaracalFlows   *ebpf.Map `ebpf:"caracal_flows"`
 	CaracalFrags   *ebpf.Map `ebpf:"caracal_frags"`
 	CaracalNat     *ebpf.Map `ebpf:"caracal_nat"`
 	CaracalNatopen *ebpf.Map `ebpf:"caracal_natopen"`
 	CaracalOpens   *ebpf.Map `ebpf:"caracal_opens"`
+	CaracalPeers   *ebpf.Map `ebpf:"caracal_peers"`
 	CaracalPods    *ebpf.Map `ebpf:"caracal_pods"`
+	CaracalPolicy  *ebpf.Map `ebpf:"caracal_policy"`
 	CaracalQuota   *ebpf.Map `ebpf:"caracal_quota"`
 	CaracalRoutes  *ebpf.Map `ebpf:"caracal_routes"`
+	CaracalRules   *ebpf.Map `ebpf:"caracal_rules"`
 	CaracalSlots   *ebpf.Map `ebpf:"caracal_slots"`
 	CaracalState   *ebpf.Map `ebpf:"caracal_state"`
+	CaracalTold    *ebpf.Map `ebpf:"caracal_told"`
 	CaracalUplinks *ebpf.Map `ebpf:"caracal_uplinks"`
 	CaracalWork    *ebpf.Map `ebpf:"caracal_work"`
 }
@@ -384,16 +491,21 @@ type DataplaneMaps struct {
 func (m *DataplaneMaps) Close() error {
 	return _DataplaneClose(
 		m.CaracalCounts,
+		m.CaracalEvents,
 		m.CaracalFlows,
 		m.CaracalFrags,
 		m.CaracalNat,
 		m.CaracalNatopen,
 		m.CaracalOpens,
+		m.CaracalPeers,
 		m.CaracalPods,
+		m.CaracalPolicy,
 		m.CaracalQuota,
 		m.CaracalRoutes,
+		m.CaracalRules,
 		m.CaracalSlots,
 		m.CaracalState,
+		m.CaracalTold,
 		m.CaracalUplinks,
 		m.CaracalWork,
 	)
@@ -403,6 +515,7 @@ func (m *DataplaneMaps) Close() error {
 //
 // It can be passed to LoadDataplaneObjects or ebpf.CollectionSpec.LoadAndAssign.
 type DataplaneVariables struct {
+	EventRate      *ebpf.Variable `ebpf:"event_rate"`
 	MarkJudged     *ebpf.Variable `ebpf:"mark_judged"`
 	Tick           *ebpf.Variable `ebpf:"tick"`
 	TimeoutClosed  *ebpf.Variable `ebpf:"timeout_closed"`

@@ -22,11 +22,25 @@ static __always_inline void count(struct __sk_buff *ctx, enum hook hook, int ver
 	struct count *c = bpf_map_lookup_elem(&caracal_counts, &index);
 
 	if (likely(c)) {
-		__u32 segments = ctx->gso_segs;
-
-		c->packets += segments ? segments : 1;
+		c->packets += segments(ctx);
 		c->bytes += ctx->len;
 	}
+}
+
+// dropped counts a packet at the rule that denied it, and tells of it.
+__noinline int dropped(struct __sk_buff *ctx, const struct packet *p, int verdict)
+{
+	struct work *w = work();
+
+	if (!p || !w)
+		return 0;
+	if (verdict == DROP_POLICY_EGRESS)
+		tally(w->judged.rule_egress, segments(ctx), ctx->len);
+	else if (verdict == DROP_POLICY_INGRESS)
+		tally(w->judged.rule_ingress, segments(ctx), ctx->len);
+	else if (verdict != DROP_POLICY_UNKNOWN) // another reason than policy
+		__builtin_memset(&w->judged, 0, sizeof(w->judged));
+	return tell(ctx, p, EVENT_DROP, verdict);
 }
 
 // finish counts and acts. "Pass" is TC_ACT_UNSPEC (= TCX_NEXT), so that other programs on the interface go on working.
@@ -41,6 +55,8 @@ static __always_inline int finish(struct __sk_buff *ctx, const struct packet *p,
 	case FORWARD_TUNNEL:
 		ctx->mark |= mark_judged; // for to_net
 		return bpf_redirect(p->to.ifindex, 0);
+	case CONTROL:
+		return TC_ACT_SHOT;
 	case ANSWER_ARP:
 	case ANSWER_ND:
 		return bpf_redirect(ctx->ifindex, 0);
@@ -61,6 +77,7 @@ static __always_inline int finish(struct __sk_buff *ctx, const struct packet *p,
 			ctx->mark |= mark_judged;
 		return TC_ACT_UNSPEC;
 	default:
+		dropped(ctx, p, verdict);
 		return TC_ACT_SHOT;
 	}
 }

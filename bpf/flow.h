@@ -1,6 +1,6 @@
 // flow.h: the flow table: finding, expiring, confirming and removing flows.
 #pragma once
-#include "nat.h"
+#include "rules.h"
 
 #define SLOT_TRIES 32      // places of caracal_slots that one insert looks at
 #define FRESH (5 * SECOND) // a leg seen so recently belongs to a flow that no timeout has ended
@@ -79,6 +79,7 @@ static __noinline long remove_flow(const struct flow_key *k, struct flow *f)
 	}
 	bool masqueraded = f->masqueraded;
 
+	tally_flow(f, flow_rules(f), false);
 	bpf_map_delete_elem(&caracal_flows, k);
 	if (masqueraded)
 		forget_nat(k);
@@ -191,6 +192,8 @@ static __noinline int confirm(struct flow_key *k, struct flow *f, __u64 at)
 		uncharge(charged);
 	if (err && err != -17 /* EEXIST: the other side's packet did it */)
 		return DROP_FLOWS_FULL;
+	if (!err) // from here on the flow itself counts them
+		tally_flow(&w->flow, flow_rules(&w->flow), true);
 	if (!err && bpf_map_lookup_elem(&caracal_opens, k) != f) {
 		// Displaced while it was copied, so that the copy may be of another. The next packet opens it again.
 		f = bpf_map_lookup_elem(&caracal_flows, k);
@@ -239,9 +242,7 @@ static __always_inline bool advance(const struct packet *p, struct flow *f)
 // account counts a packet on its leg. Flows count approximately: two CPUs on one leg may lose an increment.
 static __always_inline void account(struct __sk_buff *ctx, struct flow_leg *leg, __u64 at)
 {
-	__u32 segments = ctx->gso_segs;
-
-	leg->packets += segments ? segments : 1;
+	leg->packets += segments(ctx);
 	leg->bytes += ctx->len;
 	leg->last_seen = at;
 }

@@ -13,6 +13,12 @@
 #define ADDRESS __attribute__((aligned(8)))
 #define PACKED __attribute__((packed))
 
+// A range of addresses, the key of LPM tries.
+struct prefix {
+	__u32 prefixlen; // of the v4-mapped address: 96 + n for an IPv4 /n
+	__u8 address[16];
+};
+
 #define POD_ADDRESSES 4
 #define POD_SHAPED 1        // leaves and arrives through its qdiscs, so through the host's stack
 #define POD_MASQUERADE_V4 2 // what it sends out of all pools gets the host's address, by family
@@ -55,11 +61,6 @@ enum PACKED route_kind {
 	ROUTE_BLACKHOLE, // inside one of this node's blocks, held by no pod
 };
 
-struct route_key {
-	__u32 prefixlen; // of the v4-mapped address: 96 + n for an IPv4 /n
-	__u8 address[16];
-};
-
 #define ROUTE_IN_POOL 1 // a remote prefix inside the cluster's pools: what goes there is never masqueraded
 #define ROUTE_NODE 2    // another host's own address: it may speak for itself in the tunnel
 
@@ -77,9 +78,64 @@ struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
 	__uint(max_entries, 262144);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, struct route_key);
+	__type(key, struct prefix);
 	__type(value, struct route);
 } caracal_routes SEC(".maps");
+
+// Which rule peers an address satisfies, as a number that the compiled policy has for it.
+struct peer {
+	__u32 identity[2]; // the epoch's lowest bit says which is in force; 0: anyone else
+};
+
+// caracal_peers: prefix -> its identity. No match means 0.
+// Writer: plugin and agent (commit). Reader: all hooks, caracalctl policy.
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, 524288);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct prefix);
+	__type(value, struct peer);
+} caracal_peers SEC(".maps");
+
+#define POLICY_KEY_BITS 96               // of a look-up: all that follows prefixlen
+#define IDENTITY_SOURCE_PORTS 0xffffffff // in place of the identity: port is the source's, policy a table of such
+
+// A flow as one of its ends sees it, who is at the other and what it wants there.
+struct policy_key {
+	__u32 prefixlen; // 64: any protocol, 80: any port, 80 + n: n bits of the port
+	__be32 policy;   // policy id of this end
+	__be32 identity; // of the other; 0: anyone else
+	__u8 protocol;   // IANA number
+	__u8 pad;
+	__be16 port; // the responder's; ICMP: type << 8 | code of the opening packet
+};
+
+enum PACKED policy_action {
+	POLICY_NONE = 0,
+	POLICY_ALLOW,
+	POLICY_DENY,
+};
+
+#define POLICY_LOG 1          // a rule that logs was met on the way
+#define POLICY_SOURCE_PORTS 2 // the source port decides: rule is the table where
+
+struct policy_row {
+	enum policy_action action;
+	__u8 flags; // POLICY_*
+	__u16 pad;
+	__u32 rule; // that decides; 0: none
+};
+
+// caracal_policy: policy id, identity, protocol, port -> what becomes of such a flow. An identity without a row has those of
+// identity 0; each that has rows has one for any protocol. A policy id without rows denies.
+// Writer: plugin and agent (commit). Reader: all hooks, caracalctl policy.
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, 1048576);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct policy_key);
+	__type(value, struct policy_row);
+} caracal_policy SEC(".maps");
 
 // The two directions of a flow in one key: (address_a, port_a) is the smaller, compared as native 64-bit words.
 struct flow_key {
@@ -153,7 +209,9 @@ struct flow {
 	__u8 opener;      // 0: side a opened it, 1: side b
 	__u8 seen[2];     // SEEN_* of side a and b
 	__u8 masqueraded; // 1: caracal_nat has entries of it
-	__u8 pad[10];
+	__u8 icmp_type;   // of the packet that opened it, for who judges it again
+	__u8 icmp_code;
+	__u8 pad[8];
 	struct flow_leg leg[2]; // packets from side a, packets from side b
 };
 
@@ -214,6 +272,80 @@ struct {
 	__type(value, struct nat);
 } caracal_natopen SEC(".maps");
 
+enum PACKED event_kind {
+	EVENT_NONE = 0,
+	EVENT_DROP, // a packet was dropped, by its verdict
+	EVENT_LOG,  // a flow was opened, and a rule that logs was met
+};
+
+// What a program tells of one packet.
+struct event {
+	__u64 time; // ns, CLOCK_MONOTONIC
+	__u8 source[16] ADDRESS;
+	__u8 destination[16] ADDRESS;
+	__be16 source_port;
+	__be16 destination_port;
+	__u32 ifindex;      // of the interface
+	__u32 rule_egress;  // that decided at the opener; 0: no policy applied, or something else ended it
+	__u32 rule_ingress; // that decided at the responder; likewise
+	__u32 length;       // bytes of frame
+	__u32 epoch;        // in which it was judged
+	enum event_kind kind;
+	__u8 hook;     // enum hook
+	__u8 verdict;  // enum verdict
+	__u8 log;      // 1: a rule that logs was met
+	__u8 protocol; // IANA number; 0: not known
+	__u8 icmp_type;
+	__u8 icmp_code;
+	__u8 pad;
+};
+
+struct count {
+	__u64 packets; // wire segments; exact
+	__u64 bytes;   // of frames; exact
+};
+
+// caracal_rules: rule id -> what it allowed, of flows that are gone, and what it denied, per CPU. What a flow in caracal_flows
+// has counted until now is missing here. Readers take the sum over CPUs as a signed number.
+// Writer: all hooks, agent (removes rules that are gone). Reader: caracalctl policy.
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u32);
+	__type(value, struct count);
+} caracal_rules SEC(".maps");
+
+// caracal_events: packets that were dropped or logged, struct event each. One process reads it at a time.
+// Writer: all hooks. Reader: agent, caracalctl observe.
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1048576);
+} caracal_events SEC(".maps");
+
+struct told {
+	__u64 since;  // ns, by the programs' own clock: when this second began
+	__u64 events; // told since then
+	__u64 lost;   // not told, ever: too many in a second, or nobody read
+};
+
+// caracal_told: one entry, of each CPU.
+// Writer: all hooks. Reader: agent, caracalctl observe (lost).
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct told);
+} caracal_told SEC(".maps");
+
+// What judge() found about a flow.
+struct judgement {
+	__u32 rule_egress; // as in struct flow
+	__u32 rule_ingress;
+	__u32 log; // 1: a rule that logs was met
+	__u32 pad;
+};
+
 // What is too much for the stack. No program of a hook runs inside another on a CPU.
 struct work {
 	struct nat host, pod; // the entries of a masqueraded flow
@@ -221,7 +353,12 @@ struct work {
 	    held; // its tuples, of the pod and outside; the inner one of who has the port it wants
 	struct flow_key gone, gone_answer; // likewise, of a flow that is removed
 	struct flow_key taken;             // what held a place of caracal_slots
-	struct flow flow;                  // the flow that is confirmed
+	struct flow flow;                  // the flow that is opened, or confirmed
+	struct event event;
+	struct judgement judged; // of this packet's flow, once judge() was asked
+	struct judgement first;  // of a packet that may open it from either side: as if its sender had
+	struct prefix peer;      // whose identity is asked for
+	struct policy_key row;
 };
 
 // caracal_work: one entry.
@@ -262,7 +399,9 @@ struct fragment {
 	__be16 source_port;
 	__be16 destination_port;
 	__u8 protocol;
-	__u8 pad[3];
+	__u8 icmp_type;
+	__u8 icmp_code;
+	__u8 pad;
 };
 
 // caracal_frags: the ports in the first fragment of a packet, for the other fragments.
@@ -287,11 +426,6 @@ struct {
 	__type(key, __u32);
 	__type(value, struct quota);
 } caracal_quota SEC(".maps");
-
-struct count {
-	__u64 packets; // wire segments; exact
-	__u64 bytes;   // of frames; exact
-};
 
 #define COUNTS (HOOK_COUNT * VERDICT_SPACE)
 

@@ -15,6 +15,9 @@ const (
 	StateBuildOffset = unsafe.Offsetof(DataplaneState{}.Build)
 )
 
+// WorkSize is what the programs need for caracal_work, bytes.
+const WorkSize = unsafe.Sizeof(DataplaneWork{})
+
 // Object is the compiled programs as an ELF file. It must not be changed.
 func Object() []byte { return _DataplaneBytes }
 
@@ -22,16 +25,21 @@ func Object() []byte { return _DataplaneBytes }
 func Maps(o *DataplaneObjects) map[string]*ebpf.Map {
 	return map[string]*ebpf.Map{
 		DataplaneMapCaracalCounts:  o.CaracalCounts,
+		DataplaneMapCaracalEvents:  o.CaracalEvents,
 		DataplaneMapCaracalFlows:   o.CaracalFlows,
 		DataplaneMapCaracalFrags:   o.CaracalFrags,
 		DataplaneMapCaracalNat:     o.CaracalNat,
 		DataplaneMapCaracalNatopen: o.CaracalNatopen,
 		DataplaneMapCaracalOpens:   o.CaracalOpens,
+		DataplaneMapCaracalPeers:   o.CaracalPeers,
 		DataplaneMapCaracalPods:    o.CaracalPods,
+		DataplaneMapCaracalPolicy:  o.CaracalPolicy,
 		DataplaneMapCaracalQuota:   o.CaracalQuota,
 		DataplaneMapCaracalRoutes:  o.CaracalRoutes,
+		DataplaneMapCaracalRules:   o.CaracalRules,
 		DataplaneMapCaracalSlots:   o.CaracalSlots,
 		DataplaneMapCaracalState:   o.CaracalState,
+		DataplaneMapCaracalTold:    o.CaracalTold,
 		DataplaneMapCaracalUplinks: o.CaracalUplinks,
 		DataplaneMapCaracalWork:    o.CaracalWork,
 	}

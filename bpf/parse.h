@@ -288,6 +288,8 @@ static __noinline int fragment_ports(struct __sk_buff *ctx, struct packet *p, co
 		ports[0] = f->source_port;
 		ports[1] = f->destination_port;
 		p->key.protocol = f->protocol;
+		p->icmp_type = f->icmp_type;
+		p->icmp_code = f->icmp_code;
 		if (!has_ports(f->protocol))
 			p->flags |= PKT_NO_PORTS;
 		return VERDICT_NEXT;
@@ -295,6 +297,8 @@ static __noinline int fragment_ports(struct __sk_buff *ctx, struct packet *p, co
 	value.source_port = ports[0];
 	value.destination_port = ports[1];
 	value.protocol = p->key.protocol;
+	value.icmp_type = p->icmp_type;
+	value.icmp_code = p->icmp_code;
 	bpf_map_update_elem(&caracal_frags, &k, &value, BPF_ANY);
 	return VERDICT_NEXT;
 }

@@ -15,7 +15,7 @@ static __always_inline bool holds(const struct pod_slot *slot, const __u8 *addre
 
 static __always_inline struct route *find_route(const __u8 *address)
 {
-	struct route_key k = { .prefixlen = 128 };
+	struct prefix k = { .prefixlen = 128 };
 
 	__builtin_memcpy(k.address, address, 16);
 	return bpf_map_lookup_elem(&caracal_routes, &k);

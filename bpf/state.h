@@ -11,6 +11,9 @@ volatile const __u32 mark_judged = 0x00100000;
 // How long a tick of the kernel's is, in ns; the loader sets it.
 volatile const __u64 tick = 4000000;
 
+// How many events a CPU tells in a second, so that a flood of drops costs little.
+volatile const __u64 event_rate = 256;
+
 // How long a flow may be silent, in ns, before its place is taken by a new one.
 volatile const __u64 timeout_opening = 30 * SECOND;
 volatile const __u64 timeout_tcp = 3600 * SECOND;
@@ -25,6 +28,14 @@ static __always_inline struct state *node_state(void)
 	__u32 zero = 0;
 
 	return bpf_map_lookup_elem(&caracal_state, &zero);
+}
+
+// segments is how many packets a GSO packet is on the wire.
+static __always_inline __u32 segments(struct __sk_buff *ctx)
+{
+	__u32 n = ctx->gso_segs;
+
+	return n ? n : 1;
 }
 
 static __always_inline struct work *work(void)

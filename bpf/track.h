@@ -25,10 +25,49 @@ static __always_inline bool reopens(const struct packet *p, const struct flow *f
 	       (by_stack(o->entered) ? !by_stack(f->entered) : o->entered != f->entered);
 }
 
-// oriented judges with the opener's side known.
-static __always_inline int oriented(const struct origin *o, bool reply)
+// oriented judges flow k, of which the packet opens one or, as a reply, belongs to one. A pod always reaches itself, and a
+// process of the host every pod.
+static __always_inline int oriented(const struct packet *p, const struct origin *o, const struct flow_key *k,
+				    bool reply, __u32 opened)
 {
-	return reply ? judge(o->peer, o->self) : judge(o->self, o->peer);
+	const struct pod_slot *opener = reply ? o->peer : o->self;
+	const struct pod_slot *responder = reply ? o->self : o->peer;
+	__u32 egress = 0, ingress = 0;
+
+	if (o->entered != ENTERED_HOST && opener != responder) {
+		if (opener)
+			egress = opener->policy_egress;
+		if (responder)
+			ingress = responder->policy_ingress;
+	}
+	return judge(p, k, egress, ingress, opened);
+}
+
+// opens judges a packet as one that opens a flow.
+static __always_inline int opens(const struct packet *p, const struct origin *o)
+{
+	return oriented(p, o, &p->key, false, opening(p->side, p->icmp_type, p->icmp_code));
+}
+
+// again judges a packet that is no opening, of a flow that policy allowed before. The flow then has the rules that allow it
+// now, and all that it has counted moves to them.
+static __noinline int again(const struct packet *p, const struct origin *o, struct flow *f, bool confirmed)
+{
+	struct work *w = work();
+	__u64 rules, old;
+	int v = oriented(p, o, &p->key, p->side != f->opener, opening(f->opener, f->icmp_type, f->icmp_code));
+
+	if (v || !w)
+		return v;
+	rules = *(__u64 *)&w->judged.rule_egress;
+	if (flow_rules(f) == rules)
+		return VERDICT_NEXT;
+	old = __sync_lock_test_and_set((__u64 *)&f->rule_egress, rules);
+	if (confirmed && old != rules) {
+		tally_flow(f, old, false);
+		tally_flow(f, rules, true);
+	}
+	return VERDICT_NEXT;
 }
 
 // through makes the packets of a flow that was opened through the host's stack go back into it, so that the stack sees
@@ -41,21 +80,34 @@ static __always_inline void through(struct packet *p, const struct flow *f)
 	}
 }
 
-// insert_flow writes a new flow that side `opener` opened. It is a function of its own for the stack that it takes.
+// insert_flow writes a new flow that side `opener` opened, as judge() found it allowed.
 static __noinline void insert_flow(struct __sk_buff *ctx, struct packet *p, const struct origin *o, __u64 at,
 				   __u8 opener)
 {
-	struct flow n = {};
-	struct flow *f;
+	struct work *w = work();
+	struct flow *f, *n;
 
-	n.opener = opener;
-	n.opened = at;
-	n.charged = o->charged;
-	n.entered = o->entered;
-	n.state = FLOW_OPENING;
-	stamp(&n.leg[p->side & 1], p, o->ifindex);
-	account(ctx, &n.leg[p->side & 1], at);
-	if (bpf_map_update_elem(&caracal_opens, &p->key, &n, BPF_NOEXIST) !=
+	if (!w)
+		return;
+	n = &w->flow;
+	__builtin_memset(n, 0, sizeof(*n));
+	n->opener = opener;
+	n->opened = at;
+	n->charged = o->charged;
+	n->entered = o->entered;
+	n->state = FLOW_OPENING;
+	n->rule_egress = w->judged.rule_egress;
+	n->rule_ingress = w->judged.rule_ingress;
+	if (opener == p->side) {
+		n->icmp_type = p->icmp_type;
+		n->icmp_code = p->icmp_code;
+	}
+	stamp(&n->leg[p->side & 1], p, o->ifindex);
+	account(ctx, &n->leg[p->side & 1], at);
+	tally_packet(ctx, flow_rules(n));
+	if (w->judged.log)
+		tell(ctx, p, EVENT_LOG, VERDICT_NEXT);
+	if (bpf_map_update_elem(&caracal_opens, &p->key, n, BPF_NOEXIST) !=
 	    -17 /* EEXIST: another CPU opened it meanwhile */)
 		return; // without room for the entry the next packet opens it again
 	f = bpf_map_lookup_elem(&caracal_opens, &p->key);
@@ -68,15 +120,18 @@ static __noinline void insert_flow(struct __sk_buff *ctx, struct packet *p, cons
 
 static __noinline int open_flow(struct __sk_buff *ctx, struct packet *p, struct origin *o, __u64 at)
 {
+	struct work *w = work();
 	__u8 opener = p->side & 1;
-	int v = VERDICT_NEXT;
+	int v = opens(p, o);
 
-	if (o->entered != ENTERED_HOST)
-		v = oriented(o, false);
-	// A TCP packet in the middle of a connection may come from either side.
-	if (v && p->key.protocol == PROTO_TCP && !(p->tcp_flags & TCP_SYN) && !oriented(o, true)) {
-		v = VERDICT_NEXT;
+	if (v && w && p->key.protocol == PROTO_TCP && !(p->tcp_flags & TCP_SYN)) {
+		w->first = w->judged;
+		// In the middle of a connection it may come from either side.
 		opener ^= 1;
+		if (oriented(p, o, &p->key, true, opening(opener, 0, 0)))
+			w->judged = w->first;
+		else
+			v = VERDICT_NEXT;
 	}
 	if (v)
 		return v;
@@ -107,7 +162,7 @@ static __noinline int track(struct __sk_buff *ctx, struct packet *p, struct orig
 	over = f && expired(&p->key, f, at);
 	if (f && (over || reopens(p, f, o))) {
 		// Judged before a living flow goes: a denied SYN must not end the connection whose ports it took.
-		if (!over && o->entered != ENTERED_HOST && (v = oriented(o, false)))
+		if (!over && (v = opens(p, o)))
 			return v;
 		if (confirmed)
 			remove_flow(&p->key, f);
@@ -121,11 +176,13 @@ static __noinline int track(struct __sk_buff *ctx, struct packet *p, struct orig
 	through(p, f);
 	leg = &f->leg[p->side & 1];
 	if (!current(leg, p, o->ifindex, at)) {
-		if (o->entered != ENTERED_HOST && f->entered != ENTERED_HOST && (v = oriented(o, p->side != f->opener)))
+		if (o->entered != ENTERED_HOST && f->entered != ENTERED_HOST && (v = again(p, o, f, confirmed)))
 			return v;
 		stamp(leg, p, o->ifindex);
 	}
 	account(ctx, leg, at);
+	if (!confirmed)
+		tally_packet(ctx, flow_rules(f));
 	if (advance(p, f) && !confirmed)
 		return confirm(&p->key, f, at);
 	return VERDICT_NEXT;
@@ -210,5 +267,6 @@ static __noinline int related(struct __sk_buff *ctx, struct packet *p, struct or
 		to_stack_stage(p);
 	if (f->entered == ENTERED_HOST || o->entered == ENTERED_HOST)
 		return VERDICT_NEXT;
-	return oriented(o, q.side == f->opener); // it answers the packet it quotes
+	// It answers the packet it quotes.
+	return oriented(p, o, &q.key, q.side == f->opener, opening(f->opener, f->icmp_type, f->icmp_code));
 }

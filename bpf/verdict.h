@@ -54,7 +54,8 @@
 	X(DROP_NAT_ADDRESS, "can't be masqueraded: the uplink has no address of that family")                          \
 	X(FORWARD_TUNNEL, "sent to the host that has its destination's block, encapsulated")                           \
 	X(DROP_TUNNEL, "came encapsulated, but not from the host that has its source, or can't be parsed")             \
-	X(DROP_NAT_PORTS, "can't be masqueraded: every port towards its destination is in use")
+	X(DROP_NAT_PORTS, "can't be masqueraded: every port towards its destination is in use")                        \
+	X(DROP_POLICY_UNKNOWN, "one end's policy id has no rows in caracal_policy, so nothing is allowed")
 
 enum verdict {
 #define X(name, sentence) name,

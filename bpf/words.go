@@ -60,6 +60,7 @@ var Verdicts = []Word{
 	{"forward_tunnel", "sent to the host that has its destination's block, encapsulated"},
 	{"drop_tunnel", "came encapsulated, but not from the host that has its source, or can't be parsed"},
 	{"drop_nat_ports", "can't be masqueraded: every port towards its destination is in use"},
+	{"drop_policy_unknown", "one end's policy id has no rows in caracal_policy, so nothing is allowed"},
 }
 
 // Hooks are the hooks by number.

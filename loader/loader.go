@@ -3,6 +3,7 @@
 package loader
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -23,6 +24,14 @@ import (
 // DefaultMaxFlows is the size of the flow table unless Config says otherwise: 33 MB of kernel memory.
 const DefaultMaxFlows = 131072
 
+// Sizes unless Config says otherwise. But for the events they are limits: entries take memory as they are written.
+const (
+	DefaultMaxPeers   = 524288  // entries of caracal_peers
+	DefaultMaxPolicy  = 1048576 // rows of caracal_policy, about 64 bytes each
+	DefaultMaxRules   = 65536   // entries of caracal_rules
+	DefaultEventBytes = 1 << 20 // of caracal_events
+)
+
 // MaxNodeID is how many bytes of a node's name caracal_state has room for.
 const MaxNodeID = len(bpf.DataplaneState{}.Node) - 1
 
@@ -42,10 +51,15 @@ var (
 
 // Config says where and how a node's programs are loaded.
 type Config struct {
-	Dir      string // the node's own directory in a bpffs, e.g. /sys/fs/bpf/caracal
-	MaxFlows uint32 // size of the flow table in entries; 0 = DefaultMaxFlows; fixed when the maps are made
-	NodeID   string // written into caracal_state, at most MaxNodeID bytes; how agent and plugin know they see the same bpffs
-	Timeouts Timeouts
+	Dir string // the node's own directory in a bpffs, e.g. /sys/fs/bpf/caracal
+	// Sizes are fixed when the maps are made.
+	MaxFlows   uint32 // size of the flow table in entries; 0 = DefaultMaxFlows
+	MaxPeers   uint32 // prefixes that have an identity; 0 = DefaultMaxPeers
+	MaxPolicy  uint32 // rows of compiled policy; 0 = DefaultMaxPolicy
+	MaxRules   uint32 // rules that are counted; 0 = DefaultMaxRules
+	EventBytes uint32 // what waits to be read in caracal_events, a power of two of pages; 0 = DefaultEventBytes
+	NodeID     string // written into caracal_state, at most MaxNodeID bytes; how agent and plugin know they see the same bpffs
+	Timeouts   Timeouts
 }
 
 // Timeouts say how long a flow may be silent before its place is taken by a new one. 0: the default in bpf/state.h. They
@@ -190,14 +204,15 @@ func load(cfg Config, pinned map[string]*ebpf.Map) (*bpf.DataplaneObjects, error
 	if err != nil {
 		return nil, fmt.Errorf("read embedded programs: %w", err)
 	}
-	flows := cfg.MaxFlows
-	if flows == 0 {
-		flows = DefaultMaxFlows
-	}
+	flows := cmp.Or(cfg.MaxFlows, DefaultMaxFlows)
 	// A few more elements than places: a place is taken again just before its old flow's element is free.
 	spec.Maps[bpf.DataplaneMapCaracalFlows].MaxEntries = flows + 1024
 	spec.Maps[bpf.DataplaneMapCaracalSlots].MaxEntries = flows
 	spec.Maps[bpf.DataplaneMapCaracalNat].MaxEntries = 2 * (flows + 1024)
+	spec.Maps[bpf.DataplaneMapCaracalPeers].MaxEntries = cmp.Or(cfg.MaxPeers, DefaultMaxPeers)
+	spec.Maps[bpf.DataplaneMapCaracalPolicy].MaxEntries = cmp.Or(cfg.MaxPolicy, DefaultMaxPolicy)
+	spec.Maps[bpf.DataplaneMapCaracalRules].MaxEntries = cmp.Or(cfg.MaxRules, DefaultMaxRules)
+	spec.Maps[bpf.DataplaneMapCaracalEvents].MaxEntries = cmp.Or(cfg.EventBytes, DefaultEventBytes)
 	for name, m := range pinned {
 		spec.Maps[name].MaxEntries = m.MaxEntries()
 	}
@@ -249,10 +264,7 @@ func setTimeouts(spec *ebpf.CollectionSpec, t Timeouts) error {
 }
 
 func initState(m *ebpf.Map, cfg Config) error {
-	state := bpf.DataplaneState{Epoch: 1, Version: SchemaVersion, MaxFlows: cfg.MaxFlows, Build: Build()}
-	if state.MaxFlows == 0 {
-		state.MaxFlows = DefaultMaxFlows
-	}
+	state := bpf.DataplaneState{Epoch: 1, Version: SchemaVersion, MaxFlows: cmp.Or(cfg.MaxFlows, DefaultMaxFlows), Build: Build()}
 	if len(cfg.NodeID) > MaxNodeID {
 		return fmt.Errorf("node id %q: longer than %d bytes", cfg.NodeID, MaxNodeID)
 	}

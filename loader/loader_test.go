@@ -269,7 +269,10 @@ func TestReadableMaps(t *testing.T) {
 	}
 	fill := map[string]struct{ key, value any }{
 		bpf.DataplaneMapCaracalPods:    {uint32(1), &bpf.DataplanePod{}},
-		bpf.DataplaneMapCaracalRoutes:  {&bpf.DataplaneRouteKey{Prefixlen: 128}, &bpf.DataplaneRoute{}},
+		bpf.DataplaneMapCaracalRoutes:  {&bpf.DataplanePrefix{Prefixlen: 128}, &bpf.DataplaneRoute{}},
+		bpf.DataplaneMapCaracalPeers:   {&bpf.DataplanePrefix{Prefixlen: 128}, &bpf.DataplanePeer{}},
+		bpf.DataplaneMapCaracalPolicy:  {&bpf.DataplanePolicyKey{Prefixlen: 96}, &bpf.DataplanePolicyRow{}},
+		bpf.DataplaneMapCaracalRules:   {uint32(1), make([]bpf.DataplaneCount, ebpf.MustPossibleCPU())},
 		bpf.DataplaneMapCaracalFlows:   {&bpf.DataplaneFlowKey{}, &bpf.DataplaneFlow{}},
 		bpf.DataplaneMapCaracalOpens:   {&bpf.DataplaneFlowKey{}, &bpf.DataplaneFlow{}},
 		bpf.DataplaneMapCaracalFrags:   {&bpf.DataplaneFragmentKey{}, &bpf.DataplaneFragment{}},
@@ -282,6 +285,10 @@ func TestReadableMaps(t *testing.T) {
 		bpf.DataplaneMapCaracalPods:    {"slot", "addresses", "policy_egress", "mac"},
 		bpf.DataplaneMapCaracalRoutes:  {"prefixlen", "address", "kind", "ROUTE_NONE", "next_hop"},
 		bpf.DataplaneMapCaracalFlows:   {"address_a", "protocol", "opener", "FLOW_NEW", "leg", "epoch", "ifindex_in", "bound"},
+		bpf.DataplaneMapCaracalPeers:   {"prefixlen", "address", "identity"},
+		bpf.DataplaneMapCaracalPolicy:  {"policy", "identity", "protocol", "port", "action", "POLICY_NONE", "rule"},
+		bpf.DataplaneMapCaracalRules:   {"packets", "bytes"},
+		bpf.DataplaneMapCaracalTold:    {"since", "events", "lost"},
 		bpf.DataplaneMapCaracalOpens:   {"address_a", "state", "leg"},
 		bpf.DataplaneMapCaracalFrags:   {"source", "id", "ifindex", "source_port"},
 		bpf.DataplaneMapCaracalQuota:   {"flows", "limit"},
@@ -294,6 +301,9 @@ func TestReadableMaps(t *testing.T) {
 		bpf.DataplaneMapCaracalState:   {"epoch", "version", "max_flows", "node"},
 	}
 	for name := range bpf.Maps(&bpf.DataplaneObjects{}) {
+		if name == bpf.DataplaneMapCaracalEvents {
+			continue // a ring buffer has no keys and values
+		}
 		path := bpf.MapPath(dir, name)
 		m, err := ebpf.LoadPinnedMap(path, nil)
 		if err != nil {

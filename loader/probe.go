@@ -24,6 +24,7 @@ var needs = []struct {
 	{"bpf_for_each_map_elem", "5.13", func() error { return features.HaveProgramHelper(ebpf.SchedCLS, asm.FnForEachMapElem) }},
 	{"SYSCALL programs", "5.14", func() error { return features.HaveProgramType(ebpf.Syscall) }},
 	{"LRU hash maps", "4.10", func() error { return features.HaveMapType(ebpf.LRUHash) }},
+	{"ring buffers", "5.8", func() error { return features.HaveMapType(ebpf.RingBuf) }},
 	{"LPM trie maps", "4.11", func() error { return features.HaveMapType(ebpf.LPMTrie) }},
 }
 

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -14,9 +15,15 @@ import (
 	"github.com/caracal-net/caracal/internal/tc"
 )
 
+// added are the maps that nodes of the same schema version may lack.
+var added = []string{
+	bpf.DataplaneMapCaracalPeers, bpf.DataplaneMapCaracalPolicy, bpf.DataplaneMapCaracalRules,
+	bpf.DataplaneMapCaracalEvents, bpf.DataplaneMapCaracalTold,
+}
+
 // Upgrade replaces the programs of a running node by those in this binary, on its existing maps, so that flows go on:
-// every interface's link is updated in one step and no packet meets no program. Errors: ErrNotLoaded, ErrVersion when
-// the maps have another layout; then nothing was changed.
+// every interface's link is updated in one step and no packet meets no program. Maps that they do not have yet are made.
+// Errors: ErrNotLoaded, ErrVersion when the maps have another layout; then nothing was changed.
 func Upgrade(cfg Config) error {
 	if err := checkPinned(cfg.Dir); err != nil {
 		return err
@@ -37,17 +44,25 @@ func Upgrade(cfg Config) error {
 	}()
 	for name := range bpf.Maps(&bpf.DataplaneObjects{}) {
 		m, err := ebpf.LoadPinnedMap(bpf.MapPath(cfg.Dir, name), nil)
+		if errors.Is(err, fs.ErrNotExist) && slices.Contains(added, name) {
+			continue
+		}
 		if err != nil {
 			return fmt.Errorf("open pinned map %s: %w", name, err)
 		}
 		pinned[name] = m
 	}
-	// Its size goes with the number of hooks.
-	old := pinned[bpf.DataplaneMapCaracalCounts]
-	grown := old.MaxEntries() < uint32(len(bpf.Hooks)*bpf.VerdictSpace)
+	// These are made anew: the size of the one goes with the number of hooks; of the other, scratch of one program run,
+	// the layout goes with the programs.
+	counts, work := pinned[bpf.DataplaneMapCaracalCounts], pinned[bpf.DataplaneMapCaracalWork]
+	grown := counts.MaxEntries() < uint32(len(bpf.Hooks)*bpf.VerdictSpace)
 	if grown {
-		defer old.Close()
+		defer counts.Close()
 		delete(pinned, bpf.DataplaneMapCaracalCounts)
+	}
+	if work.ValueSize() != uint32(bpf.WorkSize) {
+		defer work.Close()
+		delete(pinned, bpf.DataplaneMapCaracalWork)
 	}
 	objects, err := load(cfg, pinned)
 	if err != nil {
@@ -55,10 +70,15 @@ func Upgrade(cfg Config) error {
 	}
 	defer objects.Close()
 	if grown {
-		if err := moveCounts(old, objects.CaracalCounts); err != nil {
+		if err := moveCounts(counts, objects.CaracalCounts); err != nil {
 			return err
 		}
-		if err := replacePin(objects.CaracalCounts, bpf.MapPath(cfg.Dir, bpf.DataplaneMapCaracalCounts)); err != nil {
+	}
+	for name, m := range bpf.Maps(objects) {
+		if pinned[name] != nil {
+			continue
+		}
+		if err := replacePin(m, bpf.MapPath(cfg.Dir, name)); err != nil {
 			return err
 		}
 	}

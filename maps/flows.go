@@ -27,6 +27,11 @@ type Flow struct {
 	Idle      time.Duration  `json:"idle"`     // since its last packet, ns
 	Sent      Leg            `json:"sent"`     // by the opener
 	Received  Leg            `json:"received"` // by the opener
+	// What allowed it, as rule ids; 0: no policy applied.
+	RuleEgress  uint32 `json:"ruleEgress,omitempty"`  // at the opener
+	RuleIngress uint32 `json:"ruleIngress,omitempty"` // at the responder
+	ICMPType    uint8  `json:"icmpType,omitempty"`    // of the packet that opened it
+	ICMPCode    uint8  `json:"icmpCode,omitempty"`
 	// Masquerade is what its pod's address and port are outside; zero: the same.
 	Masquerade netip.AddrPort `json:"masquerade,omitzero"`
 }
@@ -52,6 +57,13 @@ func word[T ~uint8](words []string, v T) string {
 		return words[v]
 	}
 	return strconv.Itoa(int(v))
+}
+
+func protocolName(number uint8) string {
+	if name, ok := protocols[number]; ok {
+		return name
+	}
+	return strconv.Itoa(int(number))
 }
 
 // Flows lists all flows, confirmed ones first, by protocol and opener. A flow that changes while it is listed may be
@@ -125,16 +137,13 @@ func decodeFlow(k *bpf.DataplaneFlowKey, v *bpf.DataplaneFlow, at uint64) Flow {
 	if opener == 1 {
 		a, b = b, a
 	}
-	name, ok := protocols[k.Protocol]
-	if !ok {
-		name = strconv.Itoa(int(k.Protocol))
-	}
 	seen := max(v.Leg[0].LastSeen, v.Leg[1].LastSeen)
 	return Flow{
-		Protocol: name, Opener: a, Responder: b,
+		Protocol: protocolName(k.Protocol), Opener: a, Responder: b,
 		State: word(states, v.State), Entered: word(entries, v.Entered),
 		Age: since(at, v.Opened), Idle: since(at, seen),
 		Sent: decodeLeg(&v.Leg[opener]), Received: decodeLeg(&v.Leg[opener^1]),
+		RuleEgress: v.RuleEgress, RuleIngress: v.RuleIngress, ICMPType: v.IcmpType, ICMPCode: v.IcmpCode,
 	}
 }
 

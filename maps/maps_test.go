@@ -43,7 +43,9 @@ func pinnedMaps(t *testing.T) *Maps {
 	}
 	for name := range bpf.Maps(&bpf.DataplaneObjects{}) {
 		s := spec.Maps[name]
-		s.MaxEntries = min(s.MaxEntries, 1024)
+		if s.Type != ebpf.RingBuf {
+			s.MaxEntries = min(s.MaxEntries, 1024)
+		}
 		m, err := ebpf.NewMap(s)
 		if err != nil {
 			t.Fatalf("create map %s: %v", name, err)

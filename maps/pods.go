@@ -69,6 +69,42 @@ func (m *Maps) PutPod(p Pod) error {
 	return nil
 }
 
+// StagePod gives a pod other policy ids from the next epoch on. In the current one nothing changes. Who raises the epoch
+// settles the pod afterwards. ErrNotFound when there is none.
+func (m *Maps) StagePod(ifindex, egress, ingress uint32) error {
+	return m.changePod(ifindex, func(value *bpf.DataplanePod, current uint32) {
+		next := value.Slot[current]
+		next.PolicyEgress, next.PolicyIngress = egress, ingress
+		value.Slot[current^1] = next
+	})
+}
+
+// SettlePod makes a pod, in the epoch after this one, what it is now. It is for when no program run holds the previous epoch
+// any more. ErrNotFound when there is none.
+func (m *Maps) SettlePod(ifindex uint32) error {
+	return m.changePod(ifindex, func(value *bpf.DataplanePod, current uint32) { value.Slot[current^1] = value.Slot[current] })
+}
+
+// changePod changes a pod in the map. current is the index of the slot in force.
+func (m *Maps) changePod(ifindex uint32, change func(value *bpf.DataplanePod, current uint32)) error {
+	state, err := m.State()
+	if err != nil {
+		return err
+	}
+	var value bpf.DataplanePod
+	if err := m.pods.Lookup(ifindex, &value); err != nil {
+		if errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("pod %d: %w", ifindex, ErrNotFound)
+		}
+		return fmt.Errorf("read pod %d: %w", ifindex, err)
+	}
+	change(&value, state.Epoch&1)
+	if err := m.pods.Update(ifindex, &value, ebpf.UpdateExist); err != nil {
+		return fmt.Errorf("write pod %d: %w", ifindex, err)
+	}
+	return nil
+}
+
 // Pod reads one pod by the ifindex of its host interface, as the current epoch sees it. ErrNotFound when there is none.
 func (m *Maps) Pod(ifindex uint32) (Pod, error) {
 	state, err := m.State()

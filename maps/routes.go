@@ -70,7 +70,7 @@ func (m *Maps) PutRoute(r Route) error {
 	if r.NextHop.IsValid() {
 		value.NextHop = Address(r.NextHop)
 	}
-	if err := m.routes.Put(routeKey(r.Prefix), &value); err != nil {
+	if err := m.routes.Put(prefixKey(r.Prefix), &value); err != nil {
 		return fmt.Errorf("write route %s: %w", r.Prefix, full(err))
 	}
 	return nil
@@ -80,7 +80,7 @@ func (m *Maps) PutRoute(r Route) error {
 // which prefix matched. ErrNotFound when there is none.
 func (m *Maps) Route(p netip.Prefix) (Route, error) {
 	var value bpf.DataplaneRoute
-	if err := m.routes.Lookup(routeKey(p), &value); err != nil {
+	if err := m.routes.Lookup(prefixKey(p), &value); err != nil {
 		if errors.Is(err, ebpf.ErrKeyNotExist) {
 			return Route{}, fmt.Errorf("route to %s: %w", p, ErrNotFound)
 		}
@@ -91,7 +91,7 @@ func (m *Maps) Route(p netip.Prefix) (Route, error) {
 
 // RemoveRoute removes the route of exactly this prefix. None there is not an error.
 func (m *Maps) RemoveRoute(p netip.Prefix) error {
-	if err := remove(m.routes, routeKey(p)); err != nil {
+	if err := remove(m.routes, prefixKey(p)); err != nil {
 		return fmt.Errorf("remove route %s: %w", p, err)
 	}
 	return nil
@@ -101,7 +101,7 @@ func (m *Maps) RemoveRoute(p netip.Prefix) error {
 func (m *Maps) Routes() ([]Route, error) {
 	var (
 		routes []Route
-		key    bpf.DataplaneRouteKey
+		key    bpf.DataplanePrefix
 		value  bpf.DataplaneRoute
 	)
 	entries := m.routes.Iterate()
@@ -127,15 +127,16 @@ func ParseRouteKind(s string) (RouteKind, error) {
 	return 0, fmt.Errorf("route kind %q: not one of them", s)
 }
 
-func routeKey(p netip.Prefix) bpf.DataplaneRouteKey {
+// prefixKey and prefix turn a prefix into the key of an LPM trie, and back.
+func prefixKey(p netip.Prefix) bpf.DataplanePrefix {
 	bits := p.Bits()
 	if p.Addr().Is4() {
 		bits += 96
 	}
-	return bpf.DataplaneRouteKey{Prefixlen: uint32(bits), Address: Address(p.Addr())}
+	return bpf.DataplanePrefix{Prefixlen: uint32(bits), Address: Address(p.Addr())}
 }
 
-func prefix(k bpf.DataplaneRouteKey) netip.Prefix {
+func prefix(k bpf.DataplanePrefix) netip.Prefix {
 	a, bits := netip.AddrFrom16(k.Address), int(k.Prefixlen)
 	if a.Is4In6() && bits >= 96 {
 		return netip.PrefixFrom(a.Unmap(), bits-96)

@@ -20,6 +20,8 @@ var (
 	// mapComment is the comment above a map: from "// caracal_x: " to the struct.
 	mapComment = regexp.MustCompile(`(?m)((?:^// .*\n)+)struct \{\n(?:.*\n)*?\} (caracal_\w+) SEC`)
 	fieldNote  = regexp.MustCompile(`(?m)^\t[\w ]+?(\w+)(?:\[[^\]]*\])*(?: ADDRESS)?; +// (.*)$`)
+	// ringStruct is in the comment of a ring buffer what lies in it.
+	ringStruct = regexp.MustCompile(`struct (\w+) each`)
 	structDef  = regexp.MustCompile(`(?m)((?:^// .*\n)*)^struct (\w+) \{\n((?:.*\n)*?)\};`)
 )
 
@@ -109,8 +111,16 @@ func document(header string, spec *ebpf.CollectionSpec, hooks, verdicts [][2]str
 	for _, m := range mapComment.FindAllStringSubmatch(header, -1) {
 		ms := spec.Maps[m[2]]
 		comment := strings.ReplaceAll(strings.TrimSpace(strings.ReplaceAll("\n"+m[1], "\n// ", "\n")), "\n", " ")
-		fmt.Fprintf(&b, "## %s\n\n%s\n\n%s, %d entries unless set otherwise. Key: `%s`, %d bytes. Value: `%s`, %d bytes.\n\n",
-			m[2], strings.TrimPrefix(comment, m[2]+": "), ms.Type, ms.MaxEntries, typeName(ms.Key), ms.KeySize, typeName(ms.Value), ms.ValueSize)
+		fmt.Fprintf(&b, "## %s\n\n%s\n\n", m[2], strings.TrimPrefix(comment, m[2]+": "))
+		if ms.Type == ebpf.RingBuf { // it has neither keys nor values
+			fmt.Fprintf(&b, "%s, %d bytes unless set otherwise.\n\n", ms.Type, ms.MaxEntries)
+			if e, err := spec.Types.AnyTypeByName(ringStruct.FindStringSubmatch(comment)[1]); err == nil {
+				seen = describe(&b, e, notes, seen)
+			}
+			continue
+		}
+		fmt.Fprintf(&b, "%s, %d entries unless set otherwise. Key: `%s`, %d bytes. Value: `%s`, %d bytes.\n\n",
+			ms.Type, ms.MaxEntries, typeName(ms.Key), ms.KeySize, typeName(ms.Value), ms.ValueSize)
 		for _, t := range []btf.Type{ms.Key, ms.Value} {
 			seen = describe(&b, t, notes, seen)
 		}

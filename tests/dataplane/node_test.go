@@ -109,6 +109,7 @@ func newNode(t testing.TB, cfg loader.Config) *node {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { n.maps.Close() })
+	n.rows(maps.PolicyRow{PolicyKey: maps.PolicyKey{Policy: 9, Bits: maps.BitsAny}, Action: maps.PolicyDeny})
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Logf("counts at the end: %v", n.counts())
@@ -144,6 +145,14 @@ func newRouter(t testing.TB) *node {
 		return nil
 	})
 	return n
+}
+
+// rows writes rows of policy. Every node has policy 9, which denies.
+func (n *node) rows(rows ...maps.PolicyRow) {
+	n.t.Helper()
+	if err := n.maps.PutPolicy(rows); err != nil {
+		n.t.Fatal(err)
+	}
 }
 
 // do runs fn in the node's namespace and fails the test on its error.
