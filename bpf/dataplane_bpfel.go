@@ -89,7 +89,9 @@ type DataplaneFlowKey struct {
 	PortA    uint16
 	PortB    uint16
 	Protocol uint8
-	Pad      [3]uint8
+	IcmpType uint8
+	IcmpCode uint8
+	Pad      uint8
 }
 
 type DataplaneFlowLeg struct {

@@ -143,8 +143,10 @@ struct flow_key {
 	__u8 address_b[16] ADDRESS;
 	__be16 port_a; // ICMP: the echo identifier, in both ports
 	__be16 port_b;
-	__u8 protocol; // IANA number
-	__u8 pad[3];
+	__u8 protocol;  // IANA number
+	__u8 icmp_type; // of the message, or of the query that it answers
+	__u8 icmp_code;
+	__u8 pad;
 };
 
 enum PACKED forward {

@@ -10,7 +10,7 @@ static __always_inline bool swapped(struct flow_key *out, const struct flow_key 
 
 	__builtin_memcpy(near, n->address, 16);
 	__builtin_memcpy(far, end_address(k, !n->side), 16);
-	out->protocol = k->protocol;
+	*(__u32 *)&out->protocol = *(const __u32 *)&k->protocol; // and of ICMP what it is
 	return sorted(out, cwords(near)[0], cwords(near)[1], cwords(far)[0], cwords(far)[1], n->port,
 		      is_icmp(k->protocol) ? n->port : end_port(k, !n->side));
 }

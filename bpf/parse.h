@@ -144,12 +144,22 @@ static __always_inline bool is_query(bool is_v6, __u8 type)
 	return is_v6 ? type == 128 || type == 129 : type == 0 || type == 8 || (type >= 13 && type <= 18);
 }
 
+// queried is the type of the query that an ICMP message answers, or its own type.
+static __always_inline __u8 queried(bool is_v6, __u8 type)
+{
+	if (is_v6)
+		return type == 129 ? 128 : type;
+	return type == 0 ? 8 : type == 14 || type == 16 || type == 18 ? type - 1 : type;
+}
+
 // icmp sets what an ICMP message is. The identifier takes the place of both ports, so that a request and its reply
 // are one flow.
 static __always_inline void icmp(struct packet *p, __u8 type, __u8 code, __be16 id, __be16 *sport, __be16 *dport)
 {
 	p->icmp_type = type;
 	p->icmp_code = code;
+	p->key.icmp_type = queried(p->is_v6, type);
+	p->key.icmp_code = code;
 	if (p->is_v6) {
 		if (type < 128)
 			p->flags |= PKT_ICMP_ERROR;
@@ -290,6 +300,10 @@ static __noinline int fragment_ports(struct __sk_buff *ctx, struct packet *p, co
 		p->key.protocol = f->protocol;
 		p->icmp_type = f->icmp_type;
 		p->icmp_code = f->icmp_code;
+		if (is_icmp(f->protocol)) {
+			p->key.icmp_type = queried(p->is_v6, f->icmp_type);
+			p->key.icmp_code = f->icmp_code;
+		}
 		if (!has_ports(f->protocol))
 			p->flags |= PKT_NO_PORTS;
 		return VERDICT_NEXT;

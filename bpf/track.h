@@ -236,6 +236,8 @@ __noinline int quote(struct __sk_buff *ctx, const struct packet *p, struct quote
 	if (bpf_skb_load_bytes(ctx, at, l4, sizeof(l4)))
 		return false;
 	if (is_icmp(q->key.protocol)) {
+		q->key.icmp_type = queried(p->is_v6, l4[0]);
+		q->key.icmp_code = l4[1];
 		if (is_query(p->is_v6, l4[0]))
 			ports[0] = ports[1] = *(__be16 *)&l4[4];
 	} else if (has_ports(q->key.protocol)) {
