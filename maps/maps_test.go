@@ -2,12 +2,15 @@ package maps
 
 import (
 	"bytes"
+	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -120,4 +123,145 @@ func TestAddress(t *testing.T) {
 	if got := FromAddress([16]byte{}); got.IsValid() {
 		t.Errorf(":: is the address %s", got)
 	}
+}
+
+// A new prefix is, until the next epoch, what the longest one that covers it is, whatever else is staged with it.
+func TestPeers(t *testing.T) {
+	m := pinnedMaps(t)
+	prefix := netip.MustParsePrefix
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	epoch := func() {
+		t.Helper()
+		_, err := m.RaiseEpoch()
+		must(err)
+	}
+	want := func(want ...Peer) {
+		t.Helper()
+		if got, err := m.Peers(); err != nil || !slices.Equal(got, want) {
+			t.Errorf("peers %+v (%v), want %+v", got, err, want)
+		}
+	}
+	wide := prefix("10.0.0.0/8")
+	must(m.StagePeers([]Peer{{Prefix: wide, Next: 5}}))
+	want(Peer{wide, 0, 5})
+	epoch()
+	want(Peer{wide, 5, 0})
+	must(m.SettlePeers([]netip.Prefix{wide}))
+	want(Peer{wide, 5, 5})
+
+	narrow, pod, six := prefix("10.244.0.0/16"), prefix("10.244.0.7/32"), prefix("2001:db8::7/128")
+	must(m.StagePeers([]Peer{{Prefix: narrow, Next: 6}, {Prefix: pod, Next: 7}, {Prefix: six, Next: 8}, {Prefix: wide, Next: 9}}))
+	want(Peer{wide, 5, 9}, Peer{narrow, 5, 6}, Peer{pod, 5, 7}, Peer{six, 0, 8})
+	epoch()
+	must(m.SettlePeers([]netip.Prefix{wide, narrow, pod, six}))
+	want(Peer{wide, 9, 9}, Peer{narrow, 6, 6}, Peer{pod, 7, 7}, Peer{six, 8, 8})
+	for a, identity := range map[string]uint32{"10.244.0.7": 7, "10.244.0.8": 6, "10.1.1.1": 9, "192.0.2.1": 0, "2001:db8::7": 8} {
+		addr := netip.MustParseAddr(a)
+		if p, err := m.Peer(addr); err != nil || p != (Peer{netip.PrefixFrom(addr, addr.BitLen()), identity, identity}) {
+			t.Errorf("%s: %+v (%v), want identity %d", a, p, err, identity)
+		}
+	}
+	must(m.RemovePeers([]netip.Prefix{narrow, prefix("10.9.0.0/16"), pod, narrow}))
+	want(Peer{wide, 9, 9}, Peer{six, 8, 8})
+
+	var many []Peer
+	for i := range 2000 {
+		many = append(many, Peer{Prefix: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 1, byte(i >> 8), byte(i)}), 32), Next: 1})
+	}
+	if err := m.StagePeers(many); !errors.Is(err, ErrFull) {
+		t.Errorf("more peers than there is room for: %v", err)
+	}
+}
+
+func TestPolicy(t *testing.T) {
+	m := pinnedMaps(t)
+	want := []PolicyRow{
+		{PolicyKey: PolicyKey{1, 0, BitsAny, 0, 0}, Action: PolicyDeny, Rule: 1},
+		{PolicyKey: PolicyKey{1, 0, BitsProtocol, 6, 0}, Action: PolicyAllow, Rule: 2},
+		{PolicyKey: PolicyKey{1, 0, BitsProtocol + 13, 6, 8000}, Action: PolicyAllow, Log: true, Rule: 3},
+		{PolicyKey: PolicyKey{1, 0, BitsPort, 6, 8000}, SourcePorts: true, Rule: 1 << 31},
+		{PolicyKey: PolicyKey{1, 1 << 20, BitsAny, 0, 0}, Action: PolicyAllow},
+		{PolicyKey: PolicyKey{1 << 31, IdentitySourcePorts, BitsPort, 17, 65535}, Action: PolicyAllow, Rule: 4},
+	}
+	written := slices.Clone(want)
+	written[2].Port, written[0].Port, written[0].Protocol = 8007, 99, 17 // what does not count
+	if err := m.PutPolicy(written); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := m.Policy(); err != nil || !slices.Equal(got, want) {
+		t.Errorf("rows %+v (%v), want %+v", got, err, want)
+	}
+	for _, bits := range []uint8{0, 63, 65, 79, 97} {
+		bad := PolicyKey{Policy: 1, Bits: bits}
+		if err := m.PutPolicy([]PolicyRow{want[0], {PolicyKey: bad}}); err == nil {
+			t.Errorf("a row with %d bits was taken", bits)
+		}
+		if err := m.RemovePolicy([]PolicyKey{bad}); err == nil {
+			t.Errorf("a row with %d bits was removed", bits)
+		}
+	}
+	for range 2 {
+		if err := m.RemovePolicy([]PolicyKey{written[2].PolicyKey, {Policy: 7, Bits: BitsAny}, want[4].PolicyKey}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got, err := m.Policy(); err != nil || !slices.Equal(got, append(slices.Clone(want[:2]), want[3], want[5])) {
+		t.Errorf("after a removal: %+v (%v)", got, err)
+	}
+	many := make([]PolicyRow, 2000)
+	for i := range many {
+		many[i] = PolicyRow{PolicyKey: PolicyKey{Policy: uint32(i), Bits: BitsAny}, Action: PolicyAllow}
+	}
+	if err := m.PutPolicy(many); !errors.Is(err, ErrFull) {
+		t.Errorf("more rows than there is room for: %v", err)
+	}
+}
+
+// A negative sum is what a missed flow took back: nothing.
+func TestRules(t *testing.T) {
+	m := pinnedMaps(t)
+	pinned, err := m.pinned(bpf.DataplaneMapCaracalRules)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pinned.Close()
+	cpus := ebpf.MustPossibleCPU()
+	for rule, packets := range map[uint32]int64{1: 5, 2: -3} {
+		perCPU := make([]bpf.DataplaneCount, cpus)
+		perCPU[0] = bpf.DataplaneCount{Packets: uint64(packets + 1), Bytes: 60}
+		perCPU[cpus-1].Packets--
+		if err := pinned.Put(rule, perCPU); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := []RuleCount{{1, 5, 60}, {2, 0, 60}}
+	if got, err := m.Rules(); err != nil || !slices.Equal(got, want) {
+		t.Errorf("rules %+v (%v), want %+v", got, err, want)
+	}
+	if err := m.RemoveRules([]uint32{3, 1}); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := m.Rules(); err != nil || !slices.Equal(got, want[1:]) {
+		t.Errorf("after a removal: %+v (%v)", got, err)
+	}
+}
+
+func FuzzEvent(f *testing.F) {
+	f.Add([]byte(nil))
+	f.Add(make([]byte, binary.Size(bpf.DataplaneEvent{})))
+	f.Add(bytes.Repeat([]byte{255}, binary.Size(bpf.DataplaneEvent{})))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		e, err := decodeEvent(raw, time.Now(), 1)
+		if (err == nil) != (len(raw) == binary.Size(bpf.DataplaneEvent{})) {
+			t.Fatalf("%d bytes: %+v, %v", len(raw), e, err)
+		}
+		if _, err := json.Marshal(e); err != nil {
+			t.Fatal(err)
+		}
+	})
 }
