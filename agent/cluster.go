@@ -22,9 +22,6 @@ const (
 	blocksPrefix = "/blocks/"
 )
 
-// ResourceKey is where a resource lies in the store.
-func ResourceKey(kind api.Kind, name string) string { return "/" + kind.Plural + "/" + name }
-
 // Block is a claim: which node has a block. A node advertises a block only when the store says that it is its own.
 type Block struct {
 	CIDR netip.Prefix `json:"cidr"`
@@ -196,7 +193,7 @@ func (v *view) take(kv store.KV, self string) error {
 	if err := json.Unmarshal(kv.Value, &r); err != nil {
 		return err
 	}
-	if ResourceKey(r.Kind, r.Metadata.Name) != kv.Key {
+	if r.Key() != kv.Key {
 		return fmt.Errorf("%w: it is %s", api.ErrInvalid, r)
 	}
 	switch spec := r.Spec.(type) {

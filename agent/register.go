@@ -55,7 +55,11 @@ func (a *Agent) register(ctx context.Context, v *view) (self *api.Node, wrote bo
 			}
 		}
 	}
-	key := "/nodes/" + a.Node
+	kind, err := api.FindKind("Node")
+	if err != nil {
+		return nil, false, err
+	}
+	key := kind.Key("", a.Node)
 	kv, exists := a.cluster.get(key)
 	meta := api.Metadata{Name: a.Node}
 	self = &api.Node{}
@@ -82,7 +86,6 @@ func (a *Agent) register(ctx context.Context, v *view) (self *api.Node, wrote bo
 		return self, false, nil
 	}
 	self.BGP, meta.Labels, meta.Annotations = &b, labels, annotations
-	kind, _ := api.FindKind("Node")
 	text, err := json.Marshal(api.Resource{Kind: kind, Metadata: meta, Spec: self})
 	if err != nil {
 		return nil, false, err

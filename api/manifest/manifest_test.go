@@ -124,7 +124,7 @@ func TestParse(t *testing.T) {
 		node + "metadata: {name: h2}\n":                             "already",
 		head + " {cidr: 10.1.0.0/16, ipipMode: Always}":             "vxlanMode",
 		head + " {cidr: 10.1.0.0/16, nodeSelector: has(a}":          `nodeSelector "has(a": invalid selector: column 6: expected )`,
-		strings.Replace(node, "h1", "h1, labels: {'a b': c}", 1):    `metadata.labels "a b"`,
+		strings.Replace(node, "h1", "h1, labels: {'a b': c}", 1):    `metadata.labels: invalid resource: "a b"`,
 		peer + "{peerIP: 10.0.0.1}":                                 "asNumber is missing",
 		peer + "{asNumber: 64512}":                                  "neither peerIP nor peerSelector",
 		peer + "{peerSelector: has(a), asNumber: 64512}":            "peerSelector excludes peerIP and asNumber",

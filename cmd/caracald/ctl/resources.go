@@ -62,7 +62,7 @@ func warnFilters(cmd *cobra.Command, s store.Store, all []api.Resource) error {
 			continue
 		}
 		for _, name := range p.Filters {
-			_, err := s.Get(cmd.Context(), agent.ResourceKey(kind, name))
+			_, err := s.Get(cmd.Context(), kind.Key("", name))
 			if errors.Is(err, store.ErrNotFound) {
 				warn(cmd, "%s: there is no BGPFilter %s: without it there is no session", r, name)
 			} else if err != nil {
@@ -102,7 +102,7 @@ func readManifest(cmd *cobra.Command, file string) ([]api.Resource, error) {
 
 // apply writes a resource and says what that did. What an agent wrote of its own into a node's stays.
 func apply(ctx context.Context, s store.Store, r api.Resource) (string, error) {
-	key := agent.ResourceKey(r.Kind, r.Metadata.Name)
+	key := r.Key()
 	r.Metadata.Revision = ""
 	for {
 		old, err := s.Get(ctx, key)
@@ -141,62 +141,139 @@ func apply(ctx context.Context, s store.Store, r api.Resource) (string, error) {
 	}
 }
 
+// namespaceFlags say which namespaces a command is about.
+type namespaceFlags struct {
+	name string
+	all  bool
+}
+
+func (n *namespaceFlags) add(cmd *cobra.Command) {
+	cmd.Flags().StringVarP(&n.name, "namespace", "n", "", "`NAMESPACE` of the resources; none: "+api.DefaultNamespace)
+}
+
+// of returns the namespace that is meant for a kind; "" is all, or that the kind has none.
+func (n *namespaceFlags) of(kind api.Kind) (string, error) {
+	switch {
+	case n.name != "" && n.all:
+		return "", usagef("-n and -A exclude each other")
+	case !kind.Namespaced && (n.name != "" || n.all):
+		return "", usagef("a %s is in no namespace; leave out -n and -A", kind)
+	case n.name != "" && !api.ValidNamespace(n.name):
+		return "", usagef("-n %q: that is no namespace's name", n.name)
+	case !kind.Namespaced || n.all:
+		return "", nil
+	case n.name == "":
+		return api.DefaultNamespace, nil
+	}
+	return n.name, nil
+}
+
 func newGetCommand(g *globals) *cobra.Command {
-	return &cobra.Command{
+	var n namespaceFlags
+	cmd := &cobra.Command{
 		Use:   "get KIND [NAME]",
 		Short: "List resources",
+		Long: `get lists resources of a kind, or one. Of a kind that has namespaces it lists those of one. Where two kinds have the same
+name it lists both; networkpolicies.networking.k8s.io is one of them.`,
 		Example: `  caracalctl get ippools
   caracalctl get node h1 -o yaml
-  caracalctl get bgpfilters`,
+  caracalctl get networkpolicies -n web
+  caracalctl get workloadendpoints -A`,
 		Args: cobra.RangeArgs(1, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			kind, err := api.FindKind(args[0])
+			kinds, err := api.FindKinds(args[0])
 			if err != nil {
 				return usagef("%w", err)
 			}
-			return g.withStore(cmd.Context(), func(s store.Store) error { return g.get(cmd, s, kind, args[1:]) })
+			if len(args) > 1 && n.all {
+				return usagef("NAME and -A exclude each other; say which namespace (-n)")
+			}
+			namespace, err := n.of(kinds[0])
+			if err != nil {
+				return err
+			}
+			return g.withStore(cmd.Context(), func(s store.Store) error { return g.get(cmd, s, kinds, namespace, args[1:]) })
 		},
 	}
+	n.add(cmd)
+	cmd.Flags().BoolVarP(&n.all, "all-namespaces", "A", false, "of all namespaces")
+	return cmd
 }
 
-func (g *globals) get(cmd *cobra.Command, s store.Store, kind api.Kind, names []string) error {
-	kvs, _, err := s.List(cmd.Context(), agent.ResourceKey(kind, ""))
-	if err != nil {
-		return err
-	}
+// get prints the resources of kinds that share a name.
+func (g *globals) get(cmd *cobra.Command, s store.Store, kinds []api.Kind, namespace string, names []string) error {
 	all := []api.Resource{}
-	t := newTable("NAME", "SPEC")
-	for _, kv := range kvs {
-		var r api.Resource
-		if err := json.Unmarshal(kv.Value, &r); err != nil {
-			return fmt.Errorf("%s in the store: %w", kv.Key, err)
+	for _, kind := range kinds {
+		found, err := list(cmd.Context(), s, kind, namespace, names)
+		if err != nil {
+			return err
 		}
-		if len(names) > 0 && r.Metadata.Name != names[0] {
-			continue
-		}
-		r.Metadata.Revision = fmt.Sprint(kv.Revision)
-		all = append(all, r)
+		all = append(all, found...)
+	}
+	inAll := kinds[0].Namespaced && namespace == ""
+	head := []string{"NAME", "SPEC"}
+	if inAll {
+		head = append([]string{"NAMESPACE"}, head...)
+	}
+	if len(kinds) > 1 {
+		head = append([]string{"APIVERSION"}, head...)
+	}
+	t := newTable(head...)
+	for _, r := range all {
 		spec, err := yaml.Marshal(r.Spec)
 		if err != nil {
 			return err
 		}
-		t.add(r.Metadata.Name, strings.ReplaceAll(strings.TrimSpace(string(spec)), "\n", "; "))
-	}
-	if len(names) > 0 {
-		if len(all) == 0 {
-			return fmt.Errorf("%s %s: %w", kind.Name, names[0], store.ErrNotFound)
+		row := []any{r.Metadata.Name, strings.ReplaceAll(strings.TrimSpace(string(spec)), "\n", "; ")}
+		if inAll {
+			row = append([]any{r.Metadata.Namespace}, row...)
 		}
+		if len(kinds) > 1 {
+			row = append([]any{r.Kind.APIVersion}, row...)
+		}
+		t.add(row...)
+	}
+	if len(names) > 0 && len(all) == 0 {
+		return fmt.Errorf("%s %s: %w", kinds[0].Name, api.Metadata{Namespace: namespace, Name: names[0]}.FullName(), store.ErrNotFound)
+	}
+	if len(names) > 0 && len(all) == 1 {
 		return g.print(cmd, all[0], t)
+	}
+	apiVersion, kind := kinds[0].APIVersion, kinds[0].Name+"List"
+	if len(kinds) > 1 {
+		apiVersion, kind = "v1", "List"
 	}
 	return g.print(cmd, struct {
 		APIVersion string         `json:"apiVersion"`
 		Kind       string         `json:"kind"`
 		Items      []api.Resource `json:"items"`
-	}{api.Group, kind.Name + "List", all}, t)
+	}{apiVersion, kind, all}, t)
+}
+
+// list reads the resources of a kind in a namespace ("": all, or none), with a name if there is one.
+func list(ctx context.Context, s store.Store, kind api.Kind, namespace string, names []string) ([]api.Resource, error) {
+	kvs, _, err := s.List(ctx, kind.Prefix(namespace))
+	if err != nil {
+		return nil, err
+	}
+	var all []api.Resource
+	for _, kv := range kvs {
+		if len(names) > 0 && kv.Key != kind.Key(namespace, names[0]) {
+			continue
+		}
+		var r api.Resource
+		if err := json.Unmarshal(kv.Value, &r); err != nil {
+			return nil, fmt.Errorf("%s in the store: %w", kv.Key, err)
+		}
+		r.Metadata.Revision = fmt.Sprint(kv.Revision)
+		all = append(all, r)
+	}
+	return all, nil
 }
 
 func newDeleteCommand(g *globals) *cobra.Command {
 	var file string
+	var n namespaceFlags
 	cmd := &cobra.Command{
 		Use:   "delete KIND NAME | -f FILE",
 		Short: "Delete resources",
@@ -204,52 +281,52 @@ func newDeleteCommand(g *globals) *cobra.Command {
 delete a node only when its host is gone for good, because pods that still run there would share their addresses.`,
 		Example: `  caracalctl delete node h3
   caracalctl delete bgppeer tor
+  caracalctl delete networkpolicy.networking.k8s.io allow -n web
   caracalctl delete -f peers.yaml`,
 		Args: cobra.MaximumNArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			type victim struct {
-				kind api.Kind
-				name string
-			}
-			var victims []victim
+			var victims []api.Resource
 			switch {
-			case file != "" && len(args) == 0:
+			case file != "" && len(args) == 0 && n.name == "":
 				all, err := readManifest(cmd, file)
 				if err != nil {
 					return err
 				}
-				for _, r := range all {
-					victims = append(victims, victim{r.Kind, r.Metadata.Name})
-				}
-			case len(args) == 2:
+				victims = all
+			case len(args) == 2 && file == "":
 				kind, err := api.FindKind(args[0])
 				if err != nil {
 					return usagef("%w", err)
 				}
-				victims = []victim{{kind, args[1]}}
+				namespace, err := n.of(kind)
+				if err != nil {
+					return err
+				}
+				victims = []api.Resource{{Kind: kind, Metadata: api.Metadata{Namespace: namespace, Name: args[1]}}}
 			default:
-				return usagef("say which: KIND NAME, or -f FILE")
+				return usagef("say which: KIND NAME, or -f FILE, whose resources say their namespaces")
 			}
 			return g.withStore(cmd.Context(), func(s store.Store) error {
 				for _, v := range victims {
-					if err := remove(cmd.Context(), s, v.kind, v.name, cmd.OutOrStdout()); err != nil {
-						return fmt.Errorf("%s %s: %w", v.kind.Name, v.name, err)
+					if err := remove(cmd.Context(), s, v, cmd.OutOrStdout()); err != nil {
+						return fmt.Errorf("%s: %w", v, err)
 					}
 				}
 				return nil
 			})
 		},
 	}
+	n.add(cmd)
 	fileFlag(cmd, &file)
 	return cmd
 }
 
-func remove(ctx context.Context, s store.Store, kind api.Kind, name string, out io.Writer) error {
-	if err := s.Delete(ctx, agent.ResourceKey(kind, name), 0); err != nil {
+func remove(ctx context.Context, s store.Store, r api.Resource, out io.Writer) error {
+	if err := s.Delete(ctx, r.Key(), 0); err != nil {
 		return err
 	}
-	fmt.Fprintf(out, "%s %s deleted\n", kind.Name, name)
-	if kind.Name != "Node" {
+	fmt.Fprintf(out, "%s deleted\n", r)
+	if r.Kind.Name != "Node" {
 		return nil
 	}
 	blocks, err := agent.Blocks(ctx, s)
@@ -257,7 +334,7 @@ func remove(ctx context.Context, s store.Store, kind api.Kind, name string, out 
 		return err
 	}
 	for _, b := range blocks {
-		if b.Node != name {
+		if b.Node != r.Metadata.Name {
 			continue
 		}
 		if err := s.Delete(ctx, agent.BlockKey(b.CIDR), b.Revision); err != nil {
