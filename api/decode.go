@@ -7,7 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 )
@@ -64,7 +66,7 @@ func Strict(data []byte, into any) error {
 }
 
 // decode is json.Unmarshal, but for unknown keys, keys that are there twice, and errors that know their place. It goes into
-// structs, lists and pointers.
+// structs, lists, maps by strings, and pointers.
 func decode(data []byte, v reflect.Value) error {
 	into := v.Addr().Interface()
 	_, own := into.(json.Unmarshaler)
@@ -92,6 +94,20 @@ func decode(data []byte, v reflect.Value) error {
 			if err := decode(item, v.Index(i)); err != nil {
 				return at(index("", i), err)
 			}
+		}
+		return nil
+	case v.Kind() == reflect.Map:
+		var values map[string]json.RawMessage
+		if json.Unmarshal(data, &values) != nil {
+			return wanted("keys with values", data)
+		}
+		v.Set(reflect.MakeMap(v.Type()))
+		for _, key := range slices.Sorted(maps.Keys(values)) {
+			value := reflect.New(v.Type().Elem()).Elem()
+			if err := decode(values[key], value); err != nil {
+				return at(printableKey(key), err)
+			}
+			v.SetMapIndex(reflect.ValueOf(key).Convert(v.Type().Key()), value)
 		}
 		return nil
 	}
@@ -148,7 +164,7 @@ func printableKey(key string) string {
 }
 
 var typeNames = map[reflect.Kind]string{
-	reflect.Bool: "true or false", reflect.String: "a string", reflect.Map: "keys with strings", reflect.Struct: "keys with values",
+	reflect.Bool: "true or false", reflect.String: "a string",
 	reflect.Int: "a whole number", reflect.Int64: "a whole number", reflect.Float64: "a number", reflect.Uint16: "a number between 0 and 65535",
 	reflect.Uint8: "a number between 0 and 255",
 }

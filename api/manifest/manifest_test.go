@@ -230,6 +230,9 @@ func FuzzParse(f *testing.F) {
 		"apiVersion: projectcalico.org/v3\nkind: BGPConfiguration\nmetadata: {name: default}\nspec: {nodeToNodeMeshEnabled: false}", calicoFilter} {
 		f.Add([]byte(s))
 	}
+	for _, p := range policies {
+		f.Add([]byte(p.text))
+	}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		all, err := Parse(data)
 		if err != nil {
