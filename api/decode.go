@@ -164,7 +164,7 @@ func printableKey(key string) string {
 }
 
 var typeNames = map[reflect.Kind]string{
-	reflect.Bool: "true or false", reflect.String: "a string",
+	reflect.Bool: "true or false", reflect.String: "a string in quotes",
 	reflect.Int: "a whole number", reflect.Int64: "a whole number", reflect.Float64: "a number", reflect.Uint16: "a number between 0 and 65535",
 	reflect.Uint8: "a number between 0 and 255",
 }

@@ -113,18 +113,27 @@ func FindKinds(word string) ([]Kind, error) {
 	var found []Kind
 	var known []string
 	for _, k := range Kinds {
-		names := append([]string{k.Name, k.Plural, k.Name + "." + k.group(), k.Plural + "." + k.group()}, k.Short...)
-		if slices.ContainsFunc(names, func(n string) bool { return strings.EqualFold(n, word) }) {
+		if k.named(word) {
 			found = append(found, k)
-		}
-		if !slices.Contains(known, k.Name) {
-			known = append(known, k.Name)
 		}
 	}
 	if len(found) == 0 {
+		for _, k := range Kinds {
+			known = append(known, k.Name)
+		}
+		known = slices.Compact(known)
 		return nil, fmt.Errorf("kind %.80q: %w; known are %s", word, ErrUnsupported, strings.Join(known, ", "))
 	}
 	return found, nil
+}
+
+func (k Kind) named(word string) bool {
+	is := func(name string) bool { return strings.EqualFold(name, word) }
+	if is(k.Name) || is(k.Plural) || slices.ContainsFunc(k.Short, is) {
+		return true
+	}
+	name, group, qualified := strings.Cut(word, ".")
+	return qualified && strings.EqualFold(group, k.group()) && (strings.EqualFold(name, k.Name) || strings.EqualFold(name, k.Plural))
 }
 
 // FindKind is FindKinds for a word that must name one.

@@ -93,6 +93,7 @@ type Rule struct {
 	NotICMP     *ICMP
 	Source      Peer
 	Destination Peer
+	Place       string // where the resource says it: "ingress[0].from[1]"; for people
 }
 
 // ICMP is a type, and perhaps a code. Of replies nothing is asked: they belong to the flow that their request opened.

@@ -141,7 +141,7 @@ func TestPolicyErrors(t *testing.T) {
 		{from("podSelector: {}\n      ipBlock: {cidr: 10.0.0.0/8}"), "line 10: NetworkPolicy default/p: spec.ingress[1].from[1].ipBlock: invalid resource: it goes with neither"},
 		{from("podSelector:\n        matchLabels:\n          a/b/c: d"), `line 10: NetworkPolicy default/p: spec.ingress[1].from[1].podSelector.matchLabels: invalid resource: "a/b/c" is no label's name`},
 		{from("podSelector:\n        matchLabels:\n          x: z\n          a.b/c: d e"), `line 12: NetworkPolicy default/p: spec.ingress[1].from[1].podSelector.matchLabels.a.b/c: invalid resource: "d e" is no label's value`},
-		{from("podSelector: {matchLabels: {a: 1}}"), "spec.ingress[1].from[1].podSelector.matchLabels.a: invalid resource: 1 where a string is wanted"},
+		{from("podSelector: {matchLabels: {a: 1}}"), "spec.ingress[1].from[1].podSelector.matchLabels.a: invalid resource: 1 where a string in quotes is wanted"},
 		{from("namespaceSelector: {matchExpressions: [{key: a, operator: in, values: [b]}]}"), `namespaceSelector.matchExpressions[0].operator: invalid resource: "in": In, NotIn, Exists or DoesNotExist`},
 		{from("namespaceSelector: {matchExpressions: [{key: a, operator: In}]}"), `matchExpressions[0].values: invalid resource: operator In wants at least one`},
 		{from("namespaceSelector: {matchExpressions: [{key: a, operator: Exists, values: [b]}]}"), `matchExpressions[0].values: invalid resource: operator Exists has none`},
