@@ -1,5 +1,3 @@
-//go:build convert
-
 package policy_test
 
 import (
