@@ -823,7 +823,9 @@ func (c *Compiler) updateRows() {
 				a.of.groups[g] = struct{}{}
 			}
 			for _, p := range programsOf(g) {
-				c.meet(p, g)
+				if p.met {
+					c.meet(p, g)
+				}
 			}
 		case !live && g.id != 0:
 			if g.live {
@@ -854,6 +856,8 @@ func (c *Compiler) updateRows() {
 		for _, g := range slices.Compact(groups) {
 			c.meet(p, g)
 		}
+		p.met = true
+		delete(c.blocks, p)
 	}
 	c.newPrograms = c.newPrograms[:0]
 	c.dropIdle()

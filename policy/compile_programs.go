@@ -224,6 +224,7 @@ type program struct {
 	always []int           // steps that ask for no atom
 	byAtom map[*atom][]int // others, by one that they ask for
 	base   *block          // for identity 0
+	met    bool            // all identities; new ones it meets as they come
 }
 
 // program is that of a spec, made if it is new. The caller counts it in refs.

@@ -22,7 +22,7 @@ func validateRules(rules []Rule) error {
 
 func validateRule(r *Rule) error {
 	if r.Action < Allow || r.Action > Log {
-		return fmt.Errorf("%d is no action", r.Action)
+		return fmt.Errorf("%s is none: they are allow, deny, pass and log", r.Action)
 	}
 	if r.IPVersion != 0 && r.IPVersion != 4 && r.IPVersion != 6 {
 		return fmt.Errorf("%d is no IP version: it is 4 or 6", r.IPVersion)
