@@ -267,7 +267,8 @@ type DataplaneState struct {
 	Hand     uint32
 	NatFirst uint16
 	NatLast  uint16
-	Node     [28]uint8
+	Node     [24]uint8
+	Staged   uint32
 	Tunnel   uint32
 	Build    [8]uint8
 }

@@ -448,13 +448,14 @@ struct state {
 	__u32 hand;      // next place of caracal_slots to look at
 	__u16 nat_first; // ports of masqueraded flows, both included; nat_last 0: nothing is masqueraded
 	__u16 nat_last;
-	__u8 node[28]; // the node's name, zero-terminated
+	__u8 node[24]; // the node's name, zero-terminated
+	__u32 staged;  // 1: a change of policy has begun, and the slots of pods and peers may differ
 	__u32 tunnel;  // ifindex of the VXLAN interface, 0: none
 	__u8 build[8]; // which build of the programs is loaded
 };
 
 // caracal_state: one entry, also mapped into user space.
-// Writer: plugin and agent (epoch, by an atomic add), agent (nat_*, tunnel), all hooks (flows, hand). Reader: all.
+// Writer: plugin and agent (epoch, by an atomic add), commit (staged), agent (nat_*, tunnel), all hooks (flows, hand). Reader: all.
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE);

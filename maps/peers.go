@@ -69,6 +69,40 @@ func (m *Maps) putPeers(n int, change func(i int, old bpf.DataplanePeer, current
 	return nil
 }
 
+// TrimPeers removes, of these prefixes, those whose identities are what the prefixes around them give anyway.
+func (m *Maps) TrimPeers(prefixes []netip.Prefix) error {
+	pinned, err := m.pinned(bpf.DataplaneMapCaracalPeers)
+	if err != nil {
+		return err
+	}
+	defer pinned.Close()
+	longest := slices.SortedFunc(slices.Values(prefixes), func(a, b netip.Prefix) int { return cmp.Compare(b.Bits(), a.Bits()) })
+	for _, p := range longest {
+		key := prefixKey(p)
+		var own, around bpf.DataplanePeer
+		if err := pinned.Lookup(&key, &own); err != nil {
+			if errors.Is(err, ebpf.ErrKeyNotExist) {
+				continue
+			}
+			return fmt.Errorf("read peer %s: %w", p, err)
+		}
+		if key.Prefixlen > 0 {
+			wider := key
+			wider.Prefixlen--
+			if err := pinned.Lookup(&wider, &around); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+				return fmt.Errorf("read peers around %s: %w", p, err)
+			}
+		}
+		if own != around {
+			continue
+		}
+		if err := remove(pinned, &key); err != nil {
+			return fmt.Errorf("remove peer %s: %w", p, err)
+		}
+	}
+	return nil
+}
+
 // RemovePeers removes the entries of exactly these prefixes, in both epochs. Missing ones are not an error.
 func (m *Maps) RemovePeers(prefixes []netip.Prefix) error {
 	pinned, err := m.pinned(bpf.DataplaneMapCaracalPeers)

@@ -2,7 +2,9 @@ package maps
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"strconv"
 	"strings"
@@ -77,9 +79,64 @@ func (m *Maps) SetTunnel(ifindex uint32) error {
 	})
 }
 
-// RaiseEpoch makes every packet be judged again, with what the maps hold now, and returns the new epoch. It is one
-// atomic add in the mapped entry, so it never undoes what the programs write beside it.
+// RaiseEpoch makes every packet be judged again, with what the maps hold now, and returns the new epoch. What somebody staged
+// who did not come to raise the epoch himself is forgotten, or settled if he did. Callers hold the node lock.
 func (m *Maps) RaiseEpoch() (uint32, error) {
+	if err := m.Settle(); err != nil {
+		return 0, err
+	}
+	return m.Flip()
+}
+
+// Stage says that what follows, until Settle, makes the slots of pods and peers differ.
+func (m *Maps) Stage() error { return m.setStaged(1) }
+
+// Settle makes pods and peers the same in both epochs, as they are now, if somebody staged a change and ended before he did.
+func (m *Maps) Settle() error {
+	staged := false
+	err := m.inState(func(b []byte) { staged = atomic.LoadUint32(stagedIn(b)) != 0 })
+	if err != nil || !staged {
+		return err
+	}
+	pods, err := m.Pods()
+	if err != nil {
+		return err
+	}
+	for _, p := range pods {
+		if err := m.SettlePod(p.IfIndex); err != nil && !errors.Is(err, ErrNotFound) {
+			return err
+		}
+	}
+	peers, err := m.Peers()
+	if err != nil {
+		return err
+	}
+	var differ []netip.Prefix
+	for _, p := range peers {
+		if p.Identity != p.Next {
+			differ = append(differ, p.Prefix)
+		}
+	}
+	if err := m.SettlePeers(differ); err != nil {
+		return err
+	}
+	return m.Settled()
+}
+
+// Settled says that the slots are equal again.
+func (m *Maps) Settled() error { return m.setStaged(0) }
+
+func (m *Maps) setStaged(v uint32) error {
+	return m.inState(func(b []byte) { atomic.StoreUint32(stagedIn(b), v) })
+}
+
+func stagedIn(state []byte) *uint32 {
+	return (*uint32)(unsafe.Pointer(&state[unsafe.Offsetof(bpf.DataplaneState{}.Staged)]))
+}
+
+// Flip puts what is staged in force: for all pods and both ends of every packet at once. It is one atomic add in the mapped
+// entry, so it never undoes what the programs write beside it.
+func (m *Maps) Flip() (uint32, error) {
 	var e uint32
 	err := m.inState(func(b []byte) {
 		epoch := (*uint32)(unsafe.Pointer(&b[unsafe.Offsetof(bpf.DataplaneState{}.Epoch)]))

@@ -1,0 +1,105 @@
+package commit
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/caracal-net/caracal/maps"
+	"github.com/caracal-net/caracal/policy"
+)
+
+// SetPolicy puts a change of compiled policy in force, for all pods and both directions in one write. New rows come first;
+// then what pods and peers will be from the next epoch on; then the epoch; and when no packet is judged by the old one any
+// more, what only that needed goes. If it does not fit (maps.ErrFull) the old policy stays in force whole. A pod that
+// ifindex does not know has no interface yet, or no more, and is left out.
+//
+// Whoever is killed on the way leaves either the old policy in force or the new one, and maps.RaiseEpoch cleans up.
+func SetPolicy(m *maps.Maps, d *policy.Delta, ifindex func(endpoint string) (uint32, bool)) error {
+	if d.Empty() {
+		return nil
+	}
+	if err := m.Settle(); err != nil {
+		return err
+	}
+	put := rows(d.PutRows)
+	err := m.PutPolicy(put)
+	if err == nil {
+		err = stage(m, d, ifindex)
+	}
+	if err != nil {
+		// Nothing of it is in force. The keys of its rows are new ones, so that no other policy's rows go with them.
+		return errors.Join(fmt.Errorf("the policy that was in force stays: %w", err), m.Settle(), m.TrimPeers(prefixes(d.PutPeers)), m.RemovePolicy(keys(put)))
+	}
+	if _, err := m.Flip(); err != nil {
+		return err
+	}
+	if err := maps.Quiesce(); err != nil {
+		return err
+	}
+	if err := m.Settle(); err != nil {
+		return err
+	}
+	return errors.Join(m.RemovePeers(prefixes(d.DeletePeers)), m.RemovePolicy(keys(rows(d.DeleteRows))))
+}
+
+// stage writes what pods and peers are from the next epoch on.
+func stage(m *maps.Maps, d *policy.Delta, ifindex func(string) (uint32, bool)) error {
+	if err := m.Stage(); err != nil {
+		return err
+	}
+	var peers []maps.Peer
+	for _, changes := range [][]policy.PeerChange{d.PutPeers, d.DeletePeers} {
+		for _, c := range changes {
+			peers = append(peers, maps.Peer{Prefix: c.Prefix, Next: c.After})
+		}
+	}
+	if err := m.StagePeers(peers); err != nil {
+		return err
+	}
+	for id, p := range d.PutPods {
+		i, ok := ifindex(id)
+		if !ok {
+			continue
+		}
+		if err := m.StagePod(i, p.Egress, p.Ingress); err != nil && !errors.Is(err, maps.ErrNotFound) {
+			return err
+		}
+	}
+	return nil
+}
+
+func prefixes(changes []policy.PeerChange) []netip.Prefix {
+	out := make([]netip.Prefix, len(changes))
+	for i, c := range changes {
+		out[i] = c.Prefix
+	}
+	return out
+}
+
+func rows(sets []policy.RowSet) []maps.PolicyRow {
+	var out []maps.PolicyRow
+	for _, s := range sets {
+		for k, r := range s.All() {
+			row := maps.PolicyRow{PolicyKey: maps.PolicyKey{
+				Policy: k.Policy, Identity: k.Identity, Bits: k.Bits, Protocol: k.Protocol, Port: k.Port,
+			}, Rule: r.Rule, Log: r.Flags&policy.FlagLog != 0, SourcePorts: r.Flags&policy.FlagSource != 0}
+			switch r.Action {
+			case policy.Allow:
+				row.Action = maps.PolicyAllow
+			case policy.Deny:
+				row.Action = maps.PolicyDeny
+			}
+			out = append(out, row)
+		}
+	}
+	return out
+}
+
+func keys(rows []maps.PolicyRow) []maps.PolicyKey {
+	out := make([]maps.PolicyKey, len(rows))
+	for i, r := range rows {
+		out[i] = r.PolicyKey
+	}
+	return out
+}
