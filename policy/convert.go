@@ -373,7 +373,7 @@ func portsByProtocol(matches []api.PortMatch) []protocolPorts {
 		})
 		if i < 0 {
 			i = len(all)
-			all = append(all, protocolPorts{protocol: number(m.Protocol), ports: []Ports{}})
+			all = append(all, protocolPorts{protocol: protocolNumber(m.Protocol), ports: []Ports{}})
 		}
 		switch {
 		case all[i].ports == nil:
@@ -386,7 +386,7 @@ func portsByProtocol(matches []api.PortMatch) []protocolPorts {
 	return all
 }
 
-func number(p *api.Protocol) *uint8 {
+func protocolNumber(p *api.Protocol) *uint8 {
 	if p == nil {
 		return nil
 	}
@@ -537,7 +537,7 @@ func calicoRules(list string, rules []api.Rule, namespace string) ([]Rule, error
 		if err != nil {
 			return nil, err
 		}
-		c := Rule{Action: a, IPVersion: r.IPVersion, Protocol: number(r.Protocol), NotProtocol: number(r.NotProtocol), ICMP: icmp(r.ICMP), NotICMP: icmp(r.NotICMP), Place: place}
+		c := Rule{Action: a, IPVersion: r.IPVersion, Protocol: protocolNumber(r.Protocol), NotProtocol: protocolNumber(r.NotProtocol), ICMP: icmp(r.ICMP), NotICMP: icmp(r.NotICMP), Place: place}
 		if c.Source, err = calicoPeer(place+".source", r.Source, namespace); err != nil {
 			return nil, err
 		}
@@ -564,7 +564,7 @@ func icmp(m *api.ICMPMatch) *ICMP {
 // calicoPeer converts one end of a rule. As soon as a rule of a namespace's policy selects by labels at all, also by what is
 // not to match, it selects only what is in that namespace, or in those that it names.
 func calicoPeer(place string, e api.EntityRule, namespace string) (Peer, error) {
-	p := Peer{Nets: prefixes(e.Nets), NotNets: prefixes(e.NotNets), Ports: ports(e.Ports), NotPorts: ports(e.NotPorts)}
+	p := Peer{Nets: prefixes(e.Nets), NotNets: prefixes(e.NotNets), Ports: portsOf(e.Ports), NotPorts: portsOf(e.NotPorts)}
 	var all []selector.Selector
 	selects := false
 	switch {
@@ -612,7 +612,7 @@ func calicoPeer(place string, e api.EntityRule, namespace string) (Peer, error) 
 	return p, nil
 }
 
-func ports(from []api.Ports) []Ports {
+func portsOf(from []api.Ports) []Ports {
 	var all []Ports
 	for _, p := range from {
 		all = append(all, Ports(p))

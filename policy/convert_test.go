@@ -133,10 +133,10 @@ func TestFromPolicy(t *testing.T) {
 		{"blocks are one peer, those with exceptions their own", netpol("{egress: [{to: [{ipBlock: {cidr: 10.0.0.0/8}}, {ipBlock: {cidr: 11.0.0.0/8, except: [11.1.0.0/16, 11.2.0.0/16]}}, {ipBlock: {cidr: '2001:db8::/32'}}]}], policyTypes: [Egress]}"), "default 1000",
 			forWeb + "\negress\negress[0].to: allow to nets=[10.0.0.0/8 2001:db8::/32]\negress[0].to[1]: allow to nets=[11.0.0.0/8] notnets=[11.1.0.0/16 11.2.0.0/16]"},
 		{"ports by protocol", netpol("{ingress: [{ports: [{port: 80}, {port: 53, protocol: UDP}, {port: http}, {port: 1000, endPort: 2000}, {protocol: SCTP, port: 1}, {protocol: SCTP}, {protocol: SCTP, port: 2}]}]}"), "default 1000",
-			forWeb + "\ningress\ningress[0]: allow 6 to ports=[{80 80 } {0 0 http} {1000 2000 }]\ningress[0]: allow 17 to ports=[{53 53 }]\ningress[0]: allow 132"},
+			forWeb + "\ningress\ningress[0]: allow 6 to ports=[80 http 1000-2000]\ningress[0]: allow 17 to ports=[53]\ningress[0]: allow 132"},
 		{"peers times protocols", netpol("{egress: [{to: [{podSelector: {}}, {ipBlock: {cidr: 10.0.0.0/8}}], ports: [{port: 53, protocol: UDP}, {port: 53}]}], policyTypes: [Egress]}"), "default 1000",
-			forWeb + "\negress\negress[0].to[0]: allow 17 to pods=[" + pods + " && " + web + "] ports=[{53 53 }]\negress[0].to[0]: allow 6 to pods=[" + pods + " && " + web + "] ports=[{53 53 }]\n" +
-				"egress[0].to[1]: allow 17 to nets=[10.0.0.0/8] ports=[{53 53 }]\negress[0].to[1]: allow 6 to nets=[10.0.0.0/8] ports=[{53 53 }]"},
+			forWeb + "\negress\negress[0].to[0]: allow 17 to pods=[" + pods + " && " + web + "] ports=[53]\negress[0].to[0]: allow 6 to pods=[" + pods + " && " + web + "] ports=[53]\n" +
+				"egress[0].to[1]: allow 17 to nets=[10.0.0.0/8] ports=[53]\negress[0].to[1]: allow 6 to nets=[10.0.0.0/8] ports=[53]"},
 
 		{"calico: nothing said", calico("{}"), "default +Inf", calicoWeb + "\ningress"},
 		{"calico: order and tier", calico("{order: -1.5, tier: t, selector: has(a) || has(b)}"), "t -1.5", calicoWeb + " && (has(a) || has(b))\ningress"},
@@ -151,7 +151,7 @@ func TestFromPolicy(t *testing.T) {
 			calicoWeb + "\ningress\ningress[0]: allow from pods=[" + web + "] notpods=[has(a)]"},
 		{"calico: notSelector of all namespaces", global("{ingress: [{action: Allow, source: {notSelector: has(a)}}]}"), "default +Inf", forAll + "\ningress\ningress[0]: allow from notpods=[has(a)]"},
 		{"calico: networks and ports are of no namespace", calico("{ingress: [{action: Allow, protocol: TCP, source: {nets: [10.0.0.0/8], notNets: [10.1.0.0/16]}, destination: {ports: [80, '1:9', http], notPorts: [5]}}]}"), "default +Inf",
-			calicoWeb + "\ningress\ningress[0]: allow 6 from nets=[10.0.0.0/8] notnets=[10.1.0.0/16] to ports=[{80 80 } {1 9 } {0 0 http}] notports=[{5 5 }]"},
+			calicoWeb + "\ningress\ningress[0]: allow 6 from nets=[10.0.0.0/8] notnets=[10.1.0.0/16] to ports=[80 1-9 http] notports=[5]"},
 		{"calico: namespaceSelector", calico("{egress: [{action: Deny, destination: {namespaceSelector: a == 'b', selector: has(c)}}, {action: Deny, destination: {namespaceSelector: global(), selector: has(c)}}, {action: Deny, destination: {namespaceSelector: all()}}]}"), "default +Inf",
 			calicoWeb + "\negress\negress[0]: deny to pods=[pcns.a == \"b\" && has(c)]\negress[1]: deny to pods=[!has(projectcalico.org/namespace) && has(c)]\negress[2]: deny to pods=[has(projectcalico.org/namespace)]"},
 		{"calico: service accounts of a rule", calico("{ingress: [{action: Allow, source: {serviceAccounts: {names: [b, a], selector: has(x)}}}]}"), "default +Inf",
@@ -162,11 +162,11 @@ func TestFromPolicy(t *testing.T) {
 		{"admin", anp("{priority: 7, subject: {namespaces: {}}, ingress: [{action: Pass, from: [{namespaces: {matchLabels: {a: b}}}, {pods: {namespaceSelector: {}, podSelector: {matchLabels: {c: d}}}}]}]}"), "adminnetworkpolicy 7",
 			"AdminNetworkPolicy p for " + pods + "\ningress\ningress[0].from[0]: pass from pods=[" + pods + ` && pcns.a == "b"]` + "\ningress[0].from[1]: pass from pods=[" + pods + ` && c == "d"]`},
 		{"admin: ports, of any protocol when named", anp("{priority: 0, subject: {pods: {podSelector: {matchLabels: {a: b}}}}, egress: [{action: Deny, to: [{namespaces: {}}], ports: [{portNumber: {port: 80}}, {namedPort: dns}, {portRange: {start: 1, end: 9}}]}]}"), "adminnetworkpolicy 0",
-			"AdminNetworkPolicy p for " + pods + ` && a == "b"` + "\negress\negress[0].to[0]: deny 6 to pods=[" + pods + "] ports=[{80 80 } {1 9 }]\negress[0].to[0]: deny to pods=[" + pods + "] ports=[{0 0 dns}]"},
+			"AdminNetworkPolicy p for " + pods + ` && a == "b"` + "\negress\negress[0].to[0]: deny 6 to pods=[" + pods + "] ports=[80 1-9]\negress[0].to[0]: deny to pods=[" + pods + "] ports=[dns]"},
 		{"baseline", resource("policy.networking.k8s.io/v1alpha1", "BaselineAdminNetworkPolicy", "{name: default}", "{subject: {namespaces: {}}, egress: [{action: Allow, to: [{networks: [10.0.0.0/8, 11.0.0.0/8]}]}]}"), "baselineadminnetworkpolicy 1001",
 			"BaselineAdminNetworkPolicy default for " + pods + "\negress\negress[0].to[0]: allow to nets=[10.0.0.0/8 11.0.0.0/8]"},
 		{"cluster", resource("policy.networking.k8s.io/v1alpha2", "ClusterNetworkPolicy", "{name: p}", "{tier: Baseline, priority: 3, subject: {namespaces: {}}, ingress: [{action: Accept, from: [{namespaces: {}}], protocols: [{udp: {destinationPort: {range: {start: 1, end: 9}}}}]}]}"), "baselineadminnetworkpolicy 3",
-			"ClusterNetworkPolicy p for " + pods + "\ningress\ningress[0].from[0]: allow 17 from pods=[" + pods + "] to ports=[{1 9 }]"},
+			"ClusterNetworkPolicy p for " + pods + "\ningress\ningress[0].from[0]: allow 17 from pods=[" + pods + "] to ports=[1-9]"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			var texts []string

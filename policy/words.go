@@ -166,15 +166,6 @@ func list[T fmt.Stringer](all []T) string {
 	return strings.Join(words, ",")
 }
 
-// Labels that an endpoint gets from what it is and where it is.
-const (
-	labelNamespace      = "projectcalico.org/namespace"
-	labelOrchestrator   = "projectcalico.org/orchestrator"
-	labelServiceAccount = "projectcalico.org/serviceaccount"
-	prefixNamespace     = "pcns."
-	prefixAccount       = "pcsa."
-)
-
 // pods says whom a selector selects, with the labels that come from namespaces and service accounts said as such.
 func pods(s selector.Selector) string {
 	var own, account, namespace []string
@@ -189,14 +180,14 @@ func pods(s selector.Selector) string {
 			in = " in namespace " + named
 		case equal && of == "" && key == labelServiceAccount:
 			of = " of service account " + named
-		case strings.HasPrefix(term, prefixNamespace):
-			namespace = append(namespace, strings.TrimPrefix(term, prefixNamespace))
-		case strings.HasPrefix(term, "has("+prefixNamespace):
-			namespace = append(namespace, "has("+strings.TrimPrefix(term, "has("+prefixNamespace))
-		case strings.HasPrefix(term, prefixAccount):
-			account = append(account, strings.TrimPrefix(term, prefixAccount))
-		case strings.HasPrefix(term, "has("+prefixAccount):
-			account = append(account, "has("+strings.TrimPrefix(term, "has("+prefixAccount))
+		case strings.HasPrefix(term, namespacePrefix):
+			namespace = append(namespace, strings.TrimPrefix(term, namespacePrefix))
+		case strings.HasPrefix(term, "has("+namespacePrefix):
+			namespace = append(namespace, "has("+strings.TrimPrefix(term, "has("+namespacePrefix))
+		case strings.HasPrefix(term, serviceAccountPrefix):
+			account = append(account, strings.TrimPrefix(term, serviceAccountPrefix))
+		case strings.HasPrefix(term, "has("+serviceAccountPrefix):
+			account = append(account, "has("+strings.TrimPrefix(term, "has("+serviceAccountPrefix))
 		default:
 			own = append(own, term)
 		}
