@@ -182,8 +182,14 @@ func (g *Random) rule() policy.Rule {
 		}
 	case 7:
 		r.NotProtocol = pointer(one[uint8](g, tcp, udp, sctp, icmp, icmpv6, gre))
+		if g.chance(30) {
+			r.Source, r.Destination = g.ports(10), g.ports(80)
+		}
 	case 8:
-		if g.chance(20) {
+		switch {
+		case g.chance(40): // a name knows its protocols; a range is one of each protocol that has ports
+			r.Source, r.Destination = g.ports(10), g.ports(80)
+		case g.chance(20):
 			r.Protocol = pointer(uint8(gre))
 		}
 	}

@@ -199,8 +199,8 @@ var conditions = func() []func(*policy.Rule) {
 		func(r *policy.Rule) { r.IPVersion = 0 },
 		func(r *policy.Rule) { r.ICMP = nil },
 		func(r *policy.Rule) { r.NotICMP = nil },
-		func(r *policy.Rule) { // ICMP and ports need their protocol
-			if r.ICMP == nil && r.NotICMP == nil && len(r.Source.Ports)+len(r.Source.NotPorts)+len(r.Destination.Ports)+len(r.Destination.NotPorts) == 0 {
+		func(r *policy.Rule) { // ICMP needs its protocol
+			if r.ICMP == nil && r.NotICMP == nil {
 				r.Protocol = nil
 			}
 		},
