@@ -239,11 +239,10 @@ func (s *situation) between(line int, from, to, text string, protocols map[strin
 	return n, nil
 }
 
-// TestSituations holds the conversion of what people write, and the evaluator, against situations from the documentation and
-// the tests of Kubernetes, Calico and the network policy API.
-func TestSituations(t *testing.T) {
+// eachSituation runs a test with the model of every situation in testdata.
+func eachSituation(t *testing.T, test func(*testing.T, *Model, *situation)) {
 	files, err := filepath.Glob("testdata/*.yaml")
-	if err != nil || len(files) < 50 {
+	if err != nil || len(files) < 80 {
 		t.Fatal(files, err)
 	}
 	for _, file := range files {
@@ -269,31 +268,42 @@ func TestSituations(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			for _, p := range s.probes {
-				f := m.Flow(p.packet)
-				if _, pod := s.addresses[p.from]; pod != (f.Egress != nil) {
-					t.Fatalf("line %d: %s is no endpoint", p.line, p.from)
-				}
-				if _, pod := s.addresses[p.to]; pod != (f.Ingress != nil) {
-					t.Fatalf("line %d: %s is no endpoint", p.line, p.to)
-				}
-				if f.Action() != p.want {
-					t.Errorf("line %d: %s -> %s, %s: %s, want %s", p.line, p.from, p.to, p.packet, f.Action(), p.want)
-					for end, v := range map[string]*Verdict{"egress": f.Egress, "ingress": f.Ingress} {
-						if v == nil {
-							continue
-						}
-						t.Logf("    %s: %s by %s", end, v.Action, v.Rule)
-						for _, l := range v.Trace {
-							why := "matches"
-							if len(l.Missed) > 0 {
-								why = m.Miss(l.Rule, l.Missed[0], p.packet)
-							}
-							t.Logf("        %s: %s: %s", l.Ref, l.Rule, why)
-						}
-					}
+			test(t, m, s)
+		})
+	}
+}
+
+// TestSituations holds the conversion of what people write, and the evaluator, against situations from the documentation and
+// the tests of Kubernetes, Calico and the network policy API.
+func TestSituations(t *testing.T) {
+	eachSituation(t, func(t *testing.T, m *Model, s *situation) {
+		for _, p := range s.probes {
+			f := m.Flow(p.packet)
+			for name, v := range map[string]*Verdict{p.from: f.Egress, p.to: f.Ingress} {
+				if _, pod := s.addresses[name]; pod != (v != nil) {
+					t.Fatalf("line %d: %s is no endpoint", p.line, name)
 				}
 			}
-		})
+			if f.Action() != p.want {
+				t.Errorf("line %d: %s -> %s, %s: %s, want %s", p.line, p.from, p.to, p.packet, f.Action(), p.want)
+				explain(t, m, p.packet, f)
+			}
+		}
+	})
+}
+
+func explain(t *testing.T, m *Model, p Packet, f FlowVerdict) {
+	for end, v := range map[string]*Verdict{"egress": f.Egress, "ingress": f.Ingress} {
+		if v == nil {
+			continue
+		}
+		t.Logf("    %s: %s by %s", end, v.Action, v.Rule)
+		for _, l := range v.Trace {
+			why := "matches"
+			if len(l.Missed) > 0 {
+				why = m.Miss(l.Rule, l.Missed[0], p)
+			}
+			t.Logf("        %s: %s: %s", l.Ref, l.Rule, why)
+		}
 	}
 }
