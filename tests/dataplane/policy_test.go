@@ -600,6 +600,47 @@ func TestStagedPod(t *testing.T) {
 	}
 }
 
+// A staged identity is in force from the next epoch on, for flows that open too; where it is new, what covered it is until then.
+func TestStagedPeers(t *testing.T) {
+	families(t, func(t *testing.T, b *bench, x, y netip.Addr) {
+		b.rows(row(100, 0, 0, 0, 0, deny, 1), row(100, 7, 0, 0, 0, allow, 2))
+		b.policy(b.b, 0, 100)
+		wide, err := x.Prefix(x.BitLen() - 8)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pod := netip.PrefixFrom(x, x.BitLen())
+		next := uint16(1)
+		want := func(verdict string) {
+			t.Helper()
+			f := udp(b.a, at(x, next), at(y, 53), 1)
+			next++
+			check(t, f, b.fromA(f), verdict)
+		}
+		for _, step := range []struct {
+			peer          maps.Peer
+			before, after string
+		}{
+			{maps.Peer{Prefix: wide, Next: 7}, "drop_policy_ingress", "forward_pod"},
+			{maps.Peer{Prefix: pod, Next: 8}, "forward_pod", "drop_policy_ingress"},
+			{maps.Peer{Prefix: pod, Next: 7}, "drop_policy_ingress", "forward_pod"},
+		} {
+			if err := b.maps.StagePeers([]maps.Peer{step.peer}); err != nil {
+				t.Fatal(err)
+			}
+			want(step.before)
+			b.raise()
+			want(step.after)
+			if err := b.maps.SettlePeers([]netip.Prefix{step.peer.Prefix}); err != nil {
+				t.Fatal(err)
+			}
+			want(step.after)
+			b.raise()
+			want(step.after)
+		}
+	})
+}
+
 // A node whose maps are from before policy gets those that it lacks, and its flows go on.
 func TestUpgradeToPolicy(t *testing.T) {
 	n := newNode(t, loader.Config{})
