@@ -88,7 +88,7 @@ struct peer {
 };
 
 // caracal_peers: prefix -> its identity. No match means 0.
-// Writer: plugin and agent (commit). Reader: all hooks, caracalctl policy.
+// Writer: plugin and agent (commit). Reader: all hooks.
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
 	__uint(max_entries, 524288);
@@ -128,7 +128,7 @@ struct policy_row {
 
 // caracal_policy: policy id, identity, protocol, port -> what becomes of such a flow. An identity without a row has those of
 // identity 0; each that has rows has one for any protocol. A policy id without rows denies.
-// Writer: plugin and agent (commit). Reader: all hooks, caracalctl policy.
+// Writer: plugin and agent (commit). Reader: all hooks.
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
 	__uint(max_entries, 1048576);
@@ -309,7 +309,7 @@ struct count {
 
 // caracal_rules: rule id -> what it allowed, of flows that are gone, and what it denied, per CPU. What a flow in caracal_flows
 // has counted until now is missing here. Readers take the sum over CPUs as a signed number.
-// Writer: all hooks, agent (removes rules that are gone). Reader: caracalctl policy.
+// Writer: all hooks, commit (removes rules that are gone). Reader: user space.
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
 	__uint(max_entries, 65536);
@@ -319,7 +319,7 @@ struct {
 } caracal_rules SEC(".maps");
 
 // caracal_events: packets that were dropped or logged, struct event each. One process reads it at a time.
-// Writer: all hooks. Reader: agent, caracalctl observe.
+// Writer: all hooks. Reader: user space.
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 1048576);
@@ -332,7 +332,7 @@ struct told {
 };
 
 // caracal_told: one entry, of each CPU.
-// Writer: all hooks. Reader: agent, caracalctl observe (lost).
+// Writer: all hooks. Reader: user space.(lost).
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
