@@ -26,10 +26,11 @@ func (e *FieldError) Unwrap() error { return e.Err }
 
 // at says below which field an error is.
 func at(path string, err error) error {
-	switch inner, ok := err.(*FieldError); {
+	var inner *FieldError
+	switch {
 	case err == nil || path == "":
 		return err
-	case !ok:
+	case !errors.As(err, &inner):
 		return &FieldError{path, err}
 	case strings.HasPrefix(inner.Path, "["):
 		return &FieldError{path + inner.Path, inner.Err}
@@ -116,6 +117,8 @@ func decode(data []byte, v reflect.Value) error {
 	switch {
 	case err == nil:
 		return nil
+	case text && !own && data[0] != '"':
+		return wanted(typeNames[reflect.String], data)
 	case errors.As(err, &mismatch) && !own:
 		return wanted(typeNames[mismatch.Type.Kind()], data)
 	case errors.Is(err, ErrInvalid):

@@ -249,7 +249,7 @@ func (r *Resource) UnmarshalJSON(data []byte) error {
 	if err == nil {
 		err = read.Spec.Complete(read.Metadata.Name)
 	}
-	if _, field := err.(*FieldError); field {
+	if field := new(FieldError); errors.As(err, &field) {
 		err = at("spec", err)
 	}
 	if err != nil {

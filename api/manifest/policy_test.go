@@ -129,7 +129,7 @@ func TestPolicyErrors(t *testing.T) {
 		{"apiVersion: projectcalico.org/v3\nkind: NetworkSet\nmetadata:\n  name: a\n  namespace: b.c\n", `line 5: NetworkSet b.c/a: metadata.namespace: invalid resource: "b.c"`},
 		{"apiVersion: v1\nkind: Namespace\nmetadata: {name: a.b}\n", `"a.b" is no namespace's name`},
 		{"apiVersion: projectcalico.org/v3\nkind: Tier\nmetadata: {name: a}\nsecrets: []\n", "are a ServiceAccount's"},
-		{"kind: List\nitems:\n- apiVersion: v1\n  kind: Namespace\n  metadata: {name: a}\n- apiVersion: v1\n  kind: Namespace\n  metadata:\n    name: b\n    nmae: c\n", `document 1, line 10: metadata.nmae: invalid resource: unknown field "nmae"`},
+		{"kind: List\nitems:\n- apiVersion: v1\n  kind: Namespace\n  metadata: {name: a}\n- apiVersion: v1\n  kind: Namespace\n  metadata:\n    name: b\n    nam: c\n", `document 1, line 10: metadata.nam: invalid resource: unknown field "nam"`},
 		{netpol + "  podSelector: {}\n---\n" + netpol + "  podselektor: {}\n", `document 2, line 11: NetworkPolicy default/p: spec.podselektor: invalid resource: unknown field "podselektor"`},
 
 		{netpol + "  ingress: [null]", "line 5: NetworkPolicy default/p: spec.ingress[0]: invalid resource: nothing is written there"},
@@ -210,6 +210,7 @@ func TestPolicyErrors(t *testing.T) {
 		{netset + "  nets: [10.0.0.0/8, null]", "spec.nets[1]: invalid resource: nothing is written there"},
 		{netset + "  nets: [10.0.0.0/8, 10.0.0.1/9]", "spec.nets[1]: "},
 		{netset + "  nets: ['fe80::1%eth0']", "is no network"},
+		{netset + "  nets: [10, 11]", "spec.nets[0]: invalid resource: 10 where a string in quotes is wanted"},
 		{tier + "  {defaultAction: Allow}", `spec.defaultAction: invalid resource: "Allow": Deny or Pass`},
 		{headOf("projectcalico.org/v3", "Tier", "default") + "  order: 5", "spec.order: invalid resource: that of tier default is 1000000"},
 		{headOf("projectcalico.org/v3", "Tier", "adminnetworkpolicy") + "  defaultAction: Deny", "spec.defaultAction: invalid resource: that of tier adminnetworkpolicy is Pass"},

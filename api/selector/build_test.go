@@ -1,6 +1,9 @@
 package selector
 
-import "testing"
+import (
+	"strings"
+	"testing"
+)
 
 func TestBuild(t *testing.T) {
 	parse := func(text string) Selector {
@@ -38,4 +41,30 @@ func TestBuild(t *testing.T) {
 			t.Errorf("%s is read as %s", test.want, again)
 		}
 	}
+}
+
+// Within sees on a thing what the selector sees on what the thing is in.
+func FuzzWithin(f *testing.F) {
+	for _, text := range []string{"", "!all()", "has(a) && b == 'x' || !(c in {'a', 'b'})", "!(!has(a) && b not in {'x'})", "a starts with 'b' && (has(c) || d contains 'e')"} {
+		f.Add(text)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		s, err := Parse(text)
+		if err != nil {
+			return
+		}
+		w := s.Within("in.", "member")
+		if again, err := Parse(w.String()); err == nil && again.String() != w.String() {
+			t.Fatalf("%s is read as %s", w, again)
+		}
+		for _, labels := range []map[string]string{{}, {"a": "x", "b": "x", "c": "a"}, {"a": "bc", "d": "e"}} {
+			inside := map[string]string{"member": ""}
+			for key, value := range labels {
+				inside["in."+key] = value
+			}
+			if !strings.Contains(s.String(), "global()") && w.Matches(inside) != s.Matches(labels) {
+				t.Fatalf("%s is %t, %s is %t of %v", s, s.Matches(labels), w, w.Matches(inside), labels)
+			}
+		}
+	})
 }
