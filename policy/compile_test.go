@@ -3,6 +3,7 @@ package policy_test
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
@@ -97,6 +98,39 @@ func TestCompile(t *testing.T) {
 		}
 		return 0, nil
 	})
+}
+
+// TestManyRules is TestCompile with a policy of some hundred rules: those of many random models.
+func TestManyRules(t *testing.T) {
+	for seed := range uint64(40) {
+		g := policytest.New(seed)
+		m := g.Model()
+		all := &policy.Policy{ID: "all", Ingress: &policy.Rules{}, Egress: &policy.Rules{}}
+		for range 20 {
+			for _, tier := range g.Model().Tiers {
+				for _, p := range tier.Policies {
+					for from, to := range map[*policy.Rules]*policy.Rules{p.Ingress: all.Ingress, p.Egress: all.Egress} {
+						if from != nil {
+							to.Rules = append(to.Rules, slices.DeleteFunc(slices.Clone(from.Rules), func(r policy.Rule) bool { // would end it
+								return r.Protocol == nil || r.Source.Selector == nil && r.Destination.Ports == nil
+							})...)
+						}
+					}
+				}
+			}
+		}
+		m.Tiers = append([]policy.Tier{{Name: "first", Default: policy.Pass, Policies: []*policy.Policy{all}}}, m.Tiers...)
+		tables, err := policy.Compile(m, policy.Options{Local: everybody})
+		if err == nil {
+			err = sound(tables)
+		}
+		for i := 0; i < 500 && err == nil; i++ {
+			err = differs(m, tables, g.Packet(m))
+		}
+		if err != nil {
+			t.Fatalf("seed %d, %d and %d rules: %v", seed, len(all.Ingress.Rules), len(all.Egress.Rules), err)
+		}
+	}
 }
 
 // in says what a delta makes of maps: it is carried out as the writer of kernel maps does.
