@@ -1,9 +1,7 @@
 package api
 
 import (
-	"fmt"
 	"maps"
-	"math"
 	"slices"
 
 	"github.com/caracal-net/caracal/api/selector"
@@ -256,64 +254,6 @@ type NetworkSet struct {
 // Complete has nothing to validate: each network does it itself.
 func (s *NetworkSet) Complete(string) error { return nil }
 
-// Tiers that are there without a resource, in the order of their names' orders.
-const (
-	AdminTier    = "adminnetworkpolicy" // of AdminNetworkPolicy, and of ClusterNetworkPolicy with tier Admin
-	DefaultTier  = "default"
-	BaselineTier = "baselineadminnetworkpolicy"
-)
-
-// Tier is a place in the order of policies.
-type Tier struct {
-	Order         *float64 `json:"order,omitempty"`         // the lower comes first; nil: last. Of the same order the names decide
-	DefaultAction string   `json:"defaultAction,omitempty"` // Deny (default) or Pass: what befalls what a policy selects and no rule matches
-}
-
-// BuiltinTier is what a tier is that is there without a resource.
-func BuiltinTier(name string) (Tier, bool) {
-	order, action := 0.0, "Pass"
-	switch name {
-	case AdminTier:
-		order = 1000
-	case DefaultTier:
-		order, action = 1_000_000, "Deny"
-	case BaselineTier:
-		order = 10_000_000
-	default:
-		return Tier{}, false
-	}
-	return Tier{&order, action}, true
-}
-
-// Complete validates the tier and fills in what it leaves open.
-func (t *Tier) Complete(name string) error {
-	if builtin, ok := BuiltinTier(name); ok {
-		if t.Order != nil && *t.Order != *builtin.Order {
-			return invalid("order", "that of tier %s is %.0f; leave it out", name, *builtin.Order)
-		}
-		if t.DefaultAction != "" && t.DefaultAction != builtin.DefaultAction {
-			return invalid("defaultAction", "that of tier %s is %s; leave it out", name, builtin.DefaultAction)
-		}
-		*t = builtin
-	}
-	switch t.DefaultAction {
-	case "":
-		t.DefaultAction = "Deny"
-	case "Deny", "Pass":
-	default:
-		return invalid("defaultAction", "%.80q: Deny or Pass", t.DefaultAction)
-	}
-	return nil
-}
-
-// OrderOf is an order as a number to compare: one that is not there comes last.
-func OrderOf(order *float64) float64 {
-	if order == nil {
-		return math.Inf(1)
-	}
-	return *order
-}
-
 // Profile is rules, and labels, of the endpoints that name it. Its rules decide when no tier does.
 type Profile struct {
 	Ingress       []Rule            `json:"ingress,omitempty"`
@@ -343,85 +283,3 @@ func (p *Profile) Complete(string) error {
 	}
 	return nil
 }
-
-// WorkloadEndpoint is a pod's interface on some node. The agents write it; metadata.labels are the pod's.
-type WorkloadEndpoint struct {
-	Node           string         `json:"node"`
-	Orchestrator   string         `json:"orchestrator,omitempty"` // "k8s", "cni" (default)
-	Workload       string         `json:"workload,omitempty"`
-	Pod            string         `json:"pod,omitempty"`
-	ContainerID    string         `json:"containerID,omitempty"`
-	Endpoint       string         `json:"endpoint,omitempty"` // the interface in the pod: "eth0"
-	InterfaceName  string         `json:"interfaceName,omitempty"`
-	MAC            string         `json:"mac,omitempty"`
-	ServiceAccount string         `json:"serviceAccountName,omitempty"`
-	IPNetworks     []Net          `json:"ipNetworks,omitempty"` // single addresses
-	Profiles       []string       `json:"profiles,omitempty"`   // none: what no tier decides is allowed
-	Ports          []EndpointPort `json:"ports,omitempty"`
-}
-
-// EndpointPort is a name of a port.
-type EndpointPort struct {
-	Name     string   `json:"name"`
-	Protocol Protocol `json:"protocol"`
-	Port     uint16   `json:"port"`
-	HostPort uint16   `json:"hostPort,omitempty"` // read, of no effect
-	HostIP   string   `json:"hostIP,omitempty"`   // read, of no effect
-}
-
-// Complete validates the endpoint and fills in its orchestrator.
-func (w *WorkloadEndpoint) Complete(string) error {
-	if w.Node == "" {
-		return invalid("node", "it is missing")
-	}
-	if w.Orchestrator == "" {
-		w.Orchestrator = "cni"
-	}
-	for i, n := range w.IPNetworks {
-		if !n.IsSingleIP() {
-			return invalid(index("ipNetworks", i), "%s is more than one address", n)
-		}
-		if slices.Contains(w.IPNetworks[:i], n) {
-			return invalid(index("ipNetworks", i), "%s is there twice", n)
-		}
-	}
-	for i, p := range w.Ports {
-		var err error
-		switch {
-		case !validPortName(p.Name):
-			err = invalid("name", "%.80q is no port's name", p.Name)
-		case !p.Protocol.HasPorts():
-			err = invalid("protocol", "%s: TCP, UDP or SCTP", p.Protocol)
-		case p.Port == 0:
-			err = invalid("port", "it is not between 1 and 65535")
-		}
-		if err != nil {
-			return at(index("ports", i), err)
-		}
-	}
-	for i, name := range w.Profiles {
-		if !validName(name) {
-			return invalid(index("profiles", i), "%.80q is no profile's name", name)
-		}
-	}
-	return nil
-}
-
-// Namespace is one of Kubernetes's. Its labels are all that counts.
-type Namespace struct {
-	Finalizers []string `json:"finalizers,omitempty"` // read, of no effect
-}
-
-// Complete validates the namespace's name.
-func (n *Namespace) Complete(name string) error {
-	if !ValidNamespace(name) {
-		return fmt.Errorf("%w: %.80q is no namespace's name: it has lower case letters, digits and '-', at most %d", ErrInvalid, name, maxNamespace)
-	}
-	return nil
-}
-
-// ServiceAccount is one of Kubernetes's. Its labels are all that counts.
-type ServiceAccount struct{}
-
-// Complete has nothing to validate.
-func (s *ServiceAccount) Complete(string) error { return nil }
