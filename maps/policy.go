@@ -32,6 +32,10 @@ const (
 	IdentitySourcePorts = 0xffffffff // Policy is a table of source ports
 )
 
+// PolicyUnknown is the policy id of a pod whose policy is not known. It has no rows, so what it judges is dropped
+// (DROP_POLICY_UNKNOWN).
+const PolicyUnknown = 0xfffffffe
+
 // How many bits of a PolicyKey count. BitsProtocol+n: n bits of the port.
 const (
 	BitsAny      = 64 // policy and identity: any protocol
@@ -158,4 +162,17 @@ func (m *Maps) Policy() ([]PolicyRow, error) {
 			cmp.Compare(a.Port, b.Port), cmp.Compare(a.Bits, b.Bits))
 	})
 	return rows, nil
+}
+
+// PolicyRoom is how many rows caracal_policy, and how many prefixes caracal_peers has room for.
+func (m *Maps) PolicyRoom() (rows, peers int, err error) {
+	for name, into := range map[string]*int{bpf.DataplaneMapCaracalPolicy: &rows, bpf.DataplaneMapCaracalPeers: &peers} {
+		pinned, err := m.pinned(name)
+		if err != nil {
+			return 0, 0, err
+		}
+		*into = int(pinned.MaxEntries())
+		pinned.Close()
+	}
+	return rows, peers, nil
 }

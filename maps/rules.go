@@ -22,15 +22,6 @@ type RuleCount struct {
 // are. Denied packets are exact, allowed ones as approximate as flows count. A flow that opens, ends or gets another rule
 // while it is listed may count twice or not at all.
 func (m *Maps) Rules() ([]RuleCount, error) {
-	pinned, err := m.pinned(bpf.DataplaneMapCaracalRules)
-	if err != nil {
-		return nil, err
-	}
-	defer pinned.Close()
-	cpus, err := ebpf.PossibleCPU()
-	if err != nil {
-		return nil, fmt.Errorf("count CPUs: %w", err)
-	}
 	sums := make(map[uint32]*RuleCount)
 	add := func(rule uint32, packets, bytes uint64) {
 		if rule == 0 {
@@ -44,18 +35,13 @@ func (m *Maps) Rules() ([]RuleCount, error) {
 		s.Packets += packets
 		s.Bytes += bytes
 	}
-	keys, values := make([]uint32, batch), make([]bpf.DataplaneCount, batch*cpus)
-	var cursor ebpf.MapBatchCursor
-	for done := false; !done; {
-		n, err := pinned.BatchLookup(&cursor, keys, values, nil)
-		if done = errors.Is(err, ebpf.ErrKeyNotExist); err != nil && !done {
-			return nil, fmt.Errorf("list rules: %w", err)
+	err := m.counted(func(rule uint32, counts []bpf.DataplaneCount) {
+		for _, c := range counts {
+			add(rule, c.Packets, c.Bytes)
 		}
-		for i := range n {
-			for _, c := range values[i*cpus : (i+1)*cpus] {
-				add(keys[i], c.Packets, c.Bytes)
-			}
-		}
+	})
+	if err != nil {
+		return nil, err
 	}
 	flows, err := m.pinned(bpf.DataplaneMapCaracalFlows)
 	if err != nil {
@@ -78,6 +64,37 @@ func (m *Maps) Rules() ([]RuleCount, error) {
 	}
 	slices.SortFunc(rules, func(a, b RuleCount) int { return cmp.Compare(a.Rule, b.Rule) })
 	return rules, nil
+}
+
+// RuleIDs lists the rules that are in caracal_rules, in no order.
+func (m *Maps) RuleIDs() (ids []uint32, err error) {
+	err = m.counted(func(rule uint32, _ []bpf.DataplaneCount) { ids = append(ids, rule) })
+	return ids, err
+}
+
+// counted calls fn for every entry of caracal_rules, with what each CPU counted.
+func (m *Maps) counted(fn func(rule uint32, counts []bpf.DataplaneCount)) error {
+	pinned, err := m.pinned(bpf.DataplaneMapCaracalRules)
+	if err != nil {
+		return err
+	}
+	defer pinned.Close()
+	cpus, err := ebpf.PossibleCPU()
+	if err != nil {
+		return fmt.Errorf("count CPUs: %w", err)
+	}
+	keys, values := make([]uint32, batch), make([]bpf.DataplaneCount, batch*cpus)
+	var cursor ebpf.MapBatchCursor
+	for done := false; !done; {
+		n, err := pinned.BatchLookup(&cursor, keys, values, nil)
+		if done = errors.Is(err, ebpf.ErrKeyNotExist); err != nil && !done {
+			return fmt.Errorf("list rules: %w", err)
+		}
+		for i := range n {
+			fn(keys[i], values[i*cpus:(i+1)*cpus])
+		}
+	}
+	return nil
 }
 
 // RemoveRules forgets what rules that are gone have counted. Missing ones are not an error. A flow that such a rule allowed

@@ -71,6 +71,29 @@ func newTables() *Tables {
 	return &Tables{Peers: make(map[netip.Prefix]uint32), Pods: make(map[string]PodPolicies), Rules: make(map[uint32]RuleInfo), policies: make(map[uint32]*table)}
 }
 
+// TablesOf are tables with these peers and rows, as they were read from the maps, and no pods.
+func TablesOf(peers map[netip.Prefix]uint32, rows iter.Seq2[Key, Row]) *Tables {
+	t := newTables()
+	for p, identity := range peers {
+		t.setPeer(p, identity)
+	}
+	for k, r := range rows {
+		of := t.policies[k.Policy]
+		if of == nil {
+			of = &table{number: k.Policy, blocks: make(map[uint32]*block)}
+			t.policies[k.Policy] = of
+		}
+		b := of.blocks[k.Identity]
+		if b == nil {
+			b = &block{}
+			of.blocks[k.Identity] = b
+		}
+		b.rows = append(b.rows, blockRow{k.Protocol, k.Bits, k.Port, r})
+		t.rows++
+	}
+	return t
+}
+
 // Size is the numbers of entries.
 type Size struct{ Peers, Rows, Pods, Policies int }
 

@@ -16,25 +16,26 @@ const module = "github.com/caracal-net/caracal"
 // may says which of our rooms a room imports. internal is a leaf that everyone may import; cmd, tests and tools may
 // import everything.
 var may = map[string][]string{
-	"bpf":    {},
-	"api":    {},
-	"maps":   {"bpf"},
-	"loader": {"bpf"},
-	"node":   {"api"},
-	"ipam":   {"api", "node"},
-	"store":  {"api"},
-	"policy": {"api"},
-	"commit": {"maps", "node", "api", "policy"},
-	"bgp":    {},
-	"agent":  {"bgp", "store", "cni", "loader", "maps", "ipam", "node", "policy", "commit", "api"},
-	"cni":    {"loader", "maps", "ipam", "node", "policy", "commit", "api"},
+	"bpf":     {},
+	"api":     {},
+	"maps":    {"bpf"},
+	"loader":  {"bpf"},
+	"node":    {"api"},
+	"ipam":    {"api", "node"},
+	"store":   {"api"},
+	"policy":  {"api"},
+	"commit":  {"maps", "node", "api", "policy"},
+	"bgp":     {},
+	"enforce": {"maps", "node", "api", "policy", "commit"},
+	"agent":   {"bgp", "store", "cni", "loader", "maps", "ipam", "node", "policy", "commit", "enforce", "api"},
+	"cni":     {"loader", "maps", "ipam", "node", "policy", "commit", "enforce", "api"},
 }
 
 // owners says which rooms may import a third party's library.
 var owners = map[string][]string{
 	"github.com/cilium/ebpf":          {"bpf", "maps", "loader"},
 	"github.com/vishvananda/netlink":  {"cni", "internal", "agent"},
-	"go.etcd.io/bbolt":                {"node", "store", "internal"},
+	"go.etcd.io/bbolt":                {"node", "store", "enforce", "internal"},
 	"github.com/osrg/gobgp":           {"bgp"},
 	"go.etcd.io/etcd":                 {"store"},
 	"k8s.io/client-go":                {"kube"},
