@@ -1,6 +1,6 @@
 // Package agent is what caracald does: it makes one node equal to what the cluster's store says. It claims blocks for the
-// node, speaks BGP, and writes learned routes into the kernel maps and the kernel's own table. It only ever writes
-// differences, and nothing that it does not know stops: a pod runs, and a new one starts, while it is away.
+// node, speaks BGP, writes learned routes into the kernel maps and the kernel's own table, publishes the node's pods and puts
+// policy in force. It only ever writes differences, and nothing that it does not know stops: a pod runs, and a new one starts, while it is away.
 package agent
 
 import (
@@ -58,6 +58,7 @@ type Agent struct {
 	Config
 	store     store.Store
 	cluster   *cluster
+	policies  *policies
 	maps      *maps.Maps
 	speaker   *bgp.Speaker
 	spoken    bgp.Config // the speaker's
@@ -102,6 +103,7 @@ func Run(ctx context.Context, c Config, s store.Store) error {
 	defer a.maps.Close()
 	a.routes = newRoutes(a)
 	a.cluster = newCluster(a)
+	a.policies = newPolicies(a)
 	stop, err := a.serve(ctx)
 	if err != nil {
 		return err
@@ -111,6 +113,7 @@ func Run(ctx context.Context, c Config, s store.Store) error {
 	defer wg.Wait()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	wg.Go(func() { a.policies.run(ctx) })
 	wg.Go(func() { a.cluster.follow(ctx) })
 	wg.Go(func() { a.watchLocal(ctx) })
 	wg.Go(func() { a.watchLinks(ctx) })
@@ -192,6 +195,7 @@ func (a *Agent) reconcile(ctx context.Context) error {
 	if wrote {
 		v, _ = a.cluster.view() // by the labels that the node has now
 	}
+	part("endpoints", a.policies.publish(ctx))
 	own, surplus, err := a.claim(ctx, v)
 	part("blocks", err)
 	part("tunnel", a.setTunnel(ctx, v, self))

@@ -53,7 +53,7 @@ type view struct {
 	blocks  map[netip.Prefix]Claim
 }
 
-// cluster follows the store and keeps the last that it said.
+// cluster follows the store and keeps the last that it said, but for what is about policy, which policies has.
 type cluster struct {
 	a *Agent
 
@@ -92,9 +92,15 @@ func (c *cluster) watch(ctx context.Context, wait *time.Duration) error {
 		return err
 	}
 	kvs := make(map[string]store.KV)
+	var policy []store.KV
 	for _, kv := range all {
+		if _, _, _, is := policyKey(kv.Key); is {
+			policy = append(policy, kv)
+			continue
+		}
 		kvs[kv.Key] = kv
 	}
+	c.a.policies.list(policy)
 	c.mu.Lock()
 	c.kvs, c.known = kvs, true
 	c.mu.Unlock()
@@ -111,6 +117,10 @@ func (c *cluster) watch(ctx context.Context, wait *time.Duration) error {
 			return err
 		}
 		*wait = retryFrom
+		if _, _, _, is := policyKey(e.Key); is {
+			c.a.policies.hear(e)
+			continue
+		}
 		c.mu.Lock()
 		switch {
 		case e.Revision < c.kvs[e.Key].Revision: // older than what this agent has written since

@@ -29,6 +29,7 @@ type Status struct {
 	Learned  int              `json:"learned"` // routes of other hosts
 	Written  int              `json:"written"` // of these, in the maps and in the kernel's table
 	Peers    []bgp.PeerStatus `json:"peers"`
+	Policy   PolicyStatus     `json:"policy"`
 }
 
 func (a *Agent) status() Status {
@@ -43,6 +44,7 @@ func (a *Agent) status() Status {
 	s.Learned, s.Written = len(a.routes.learned), len(a.routes.written)-len(a.routes.stale)
 	a.routes.mu.Unlock()
 	s.Alarms = a.routes.recent()
+	s.Policy = a.policies.status()
 	if speaker != nil {
 		s.Peers = speaker.Peers()
 	}
@@ -72,6 +74,7 @@ func (a *Agent) serve(ctx context.Context) (stop func(), err error) {
 			w.Header().Set("Content-Type", "application/json")
 			_ = json.NewEncoder(w).Encode(a.status()) // who asks may be gone
 		})
+		a.policies.handle(mux)
 		start(l, mux)
 	}
 	for _, at := range []struct {
@@ -160,6 +163,15 @@ func (a *Agent) metrics() http.Handler {
 		}
 		gauge("caracal_bgp_peers", "BGP peers.", len(s.Peers))
 		gauge("caracal_bgp_peers_established", "BGP peers with a session.", up)
+		gauge("caracal_policies", "Policies in force, of all kinds.", s.Policy.Policies)
+		gauge("caracal_policy_rules", "Rules of these that apply to a pod of this node.", s.Policy.Rules)
+		gauge("caracal_policy_ids", "Policy ids that this node's pods have.", s.Policy.PolicyIDs)
+		gauge("caracal_policy_rows", "Rows of caracal_policy.", s.Policy.Rows)
+		gauge("caracal_policy_prefixes", "Prefixes of caracal_peers.", s.Policy.Prefixes)
+		gauge("caracal_policy_identities", "Identities that these have.", s.Policy.Identities)
+		gauge("caracal_policy_refused", "Resources about policy that are not in force as people want them.", len(s.Policy.Refused))
+		fmt.Fprintf(w, "# HELP caracal_policy_commit_seconds How long the last change of policy took to be compiled and put in force.\n# TYPE caracal_policy_commit_seconds gauge\ncaracal_policy_commit_seconds %g\n", s.Policy.Took)
+		fmt.Fprintf(w, "# HELP caracal_policy_commits_total Changes of policy that this agent put in force.\n# TYPE caracal_policy_commits_total counter\ncaracal_policy_commits_total %d\n", s.Policy.Commits)
 		if state, err := a.maps.State(); err == nil {
 			gauge("caracal_flows", "Confirmed flows.", int(state.Flows))
 			gauge("caracal_flows_max", "Places for flows.", int(state.MaxFlows))

@@ -28,7 +28,8 @@ import (
 var (
 	// ErrHeld says that another process keeps the node's policy: the agent, or another ADD.
 	ErrHeld = errors.New("another process keeps this node's policy")
-	// ErrUnknown says that nothing is known of policy yet: there is no policy.db, and nobody has told what there is.
+	// ErrUnknown says that nothing is known of policy yet: there is no policy.db, and nobody has told what there is; or nobody
+	// has told which pods there are.
 	ErrUnknown = errors.New("policy is not known yet")
 	// ErrRefused says that something can't be put in force. What was in force of it stays; all else is in force.
 	ErrRefused = errors.New("not in force")
@@ -53,6 +54,7 @@ type Policy struct {
 	refused map[string]refusal // what people want, and can't be put in force
 	retry   time.Time          // when to try these again
 	known   bool
+	local   bool // SetLocal was called
 	unsure  bool // the maps may hold something else than what the compiler thinks
 	room    struct{ rows, peers int }
 	filed   bool // policy.db is there
@@ -216,6 +218,7 @@ func keysOf[V any](m map[string]V) map[string]bool {
 func (p *Policy) SetLocal(endpoints []node.Endpoint) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.local = true
 	there := make(map[string]bool, len(endpoints))
 	for _, e := range endpoints {
 		key := localPrefix + EndpointID(p.Node, e)
@@ -290,7 +293,7 @@ const retryRefused = 10 * time.Second
 func (p *Policy) Commit(ctx context.Context) (Result, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if !p.known {
+	if !p.known || !p.local {
 		return Result{}, ErrUnknown
 	}
 	began := time.Now()
@@ -610,11 +613,45 @@ func (p *Policy) Pod(e node.Endpoint) (policy.PodPolicies, bool) {
 	return ids, ok
 }
 
-// Rules are what the rule ids stand for that are in force.
-func (p *Policy) Rules() map[uint32]policy.RuleInfo {
+// Resource is what is in force of a resource about policy. false: nothing.
+func (p *Policy) Resource(kind api.Kind, namespace, name string) (api.Resource, bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return stdmaps.Clone(p.model.compiler.Tables().Rules)
+	if r := p.model.inForce[kind.Key(namespace, name)].resource; r != nil {
+		return *r, true
+	}
+	return api.Resource{}, false
+}
+
+// Rule is what a rule id stands for.
+type Rule struct {
+	Tier      string `json:"tier,omitempty"` // none: a profile's
+	Policy    string `json:"policy"`         // kind, namespace and name
+	Direction string `json:"direction"`
+	Index     int    `json:"index"`           // in its policy's list from 0; policy.NoRule: the end of the tier or of the profiles
+	Place     string `json:"place,omitempty"` // where the resource says it: "ingress[0].from[1]"
+	Text      string `json:"text,omitempty"`  // the rule in words
+}
+
+// RuleOf describes a rule.
+func RuleOf(info policy.RuleInfo) Rule {
+	r := Rule{Tier: info.Tier, Policy: info.Policy, Direction: info.Direction.String(), Index: info.Index}
+	if info.Rule != nil {
+		r.Place, r.Text = info.Rule.Place, info.Rule.String()
+	}
+	return r
+}
+
+// Rules are what the rule ids stand for that are in force.
+func (p *Policy) Rules() map[uint32]Rule {
+	p.mu.Lock()
+	infos := stdmaps.Clone(p.model.compiler.Tables().Rules)
+	p.mu.Unlock()
+	rules := make(map[uint32]Rule, len(infos))
+	for id, info := range infos {
+		rules[id] = RuleOf(info)
+	}
+	return rules
 }
 
 // Tidy does what need not be done at once after a Commit: it saves the ids that were given out, and forgets what rules have

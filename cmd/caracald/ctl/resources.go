@@ -329,6 +329,16 @@ func remove(ctx context.Context, s store.Store, r api.Resource, out io.Writer) e
 	if r.Kind.Name != "Node" {
 		return nil
 	}
+	pods, err := agent.Endpoints(ctx, s, r.Metadata.Name)
+	if err != nil {
+		return err
+	}
+	for _, p := range pods {
+		if err := s.Delete(ctx, p.Key, p.Revision); err != nil {
+			return fmt.Errorf("delete %s: %w", p.Resource, err)
+		}
+		fmt.Fprintf(out, "%s deleted\n", p.Resource)
+	}
 	blocks, err := agent.Blocks(ctx, s)
 	if err != nil {
 		return err

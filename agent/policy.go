@@ -1,0 +1,543 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/caracal-net/caracal/api"
+	"github.com/caracal-net/caracal/enforce"
+	"github.com/caracal-net/caracal/node"
+	"github.com/caracal-net/caracal/policy"
+	"github.com/caracal-net/caracal/store"
+)
+
+const (
+	tidyAfter   = time.Second // how long ids that were given out are not saved, at most
+	maxTroubles = 10          // that a problem's text lists
+	maxEndpoint = 1 << 20     // bytes of an endpoint that is asked about
+)
+
+// policies keeps policy in force, on a goroutine of its own: what is heard of the store is in force before anything is waited
+// for that the rest of the agent does.
+type policies struct {
+	a    *Agent
+	wake chan struct{}
+	asks chan ask
+
+	mu        sync.Mutex
+	loaded    *enforce.Policy        // nil: not yet
+	heard     map[string]store.Event // by key, since the goroutine looked
+	all       bool                   // heard is all that there is
+	published map[string]Published   // this node's endpoints in the store, by key
+	listed    bool                   // published is what the store has
+	pods      []node.Endpoint        // of this node
+	podsKnown bool
+	stale     bool // published may not be what pods are
+}
+
+// Published is a WorkloadEndpoint as it lies in the store.
+type Published struct {
+	store.KV
+	Resource api.Resource
+}
+
+// Endpoints are a node's endpoints in a store.
+func Endpoints(ctx context.Context, s store.Store, nodeName string) ([]Published, error) {
+	kvs, _, err := s.List(ctx, policyKinds["workloadendpoints"].Prefix(""))
+	if err != nil {
+		return nil, err
+	}
+	var all []Published
+	for _, kv := range kvs {
+		var r api.Resource
+		if err := json.Unmarshal(kv.Value, &r); err != nil {
+			return nil, fmt.Errorf("%s in the store: %w", kv.Key, err)
+		}
+		if spec, is := r.Spec.(*api.WorkloadEndpoint); is && spec.Node == nodeName {
+			all = append(all, Published{kv, r})
+		}
+	}
+	return all, nil
+}
+
+// ask is a pod whose policy somebody waits for.
+type ask struct {
+	pod    node.Endpoint
+	answer chan<- answer // has room for one
+}
+
+type answer struct {
+	ids policy.PodPolicies
+	err error
+}
+
+func newPolicies(a *Agent) *policies {
+	return &policies{a: a, wake: make(chan struct{}, 1), asks: make(chan ask), heard: make(map[string]store.Event), published: make(map[string]Published)}
+}
+
+// policyKinds are the kinds that are about policy, by the word that their keys begin with.
+var policyKinds = func() map[string]api.Kind {
+	kinds := make(map[string]api.Kind)
+	for _, k := range api.Kinds {
+		if enforce.Concerns(k) {
+			kinds[k.Word()] = k
+		}
+	}
+	return kinds
+}()
+
+// policyKey splits the key of a resource that is about policy.
+func policyKey(key string) (kind api.Kind, namespace, name string, ok bool) {
+	word, rest, _ := strings.Cut(strings.TrimPrefix(key, "/"), "/")
+	kind, ok = policyKinds[word]
+	if kind.Namespaced {
+		namespace, name, _ = strings.Cut(rest, "/")
+		return kind, namespace, name, ok
+	}
+	return kind, "", rest, ok
+}
+
+// list takes all that the store holds about policy.
+func (s *policies) list(kvs []store.KV) {
+	s.mu.Lock()
+	s.heard, s.all = make(map[string]store.Event, len(kvs)), true
+	for _, kv := range kvs {
+		s.heard[kv.Key] = store.Event{KV: kv}
+	}
+	s.mu.Unlock()
+	s.look()
+}
+
+// hear takes a change of something that is about policy.
+func (s *policies) hear(e store.Event) {
+	s.mu.Lock()
+	s.heard[e.Key] = e
+	s.mu.Unlock()
+	s.look()
+}
+
+func (s *policies) look() {
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// run keeps policy in force until ctx ends; it stays in force then.
+func (s *policies) run(ctx context.Context) {
+	k := &keeper{policies: s, unreadable: make(map[string]error), retry: retryFrom, again: time.Now(), tidied: time.Now()}
+	if !k.load(ctx) {
+		return
+	}
+	defer func() {
+		if err := k.p.Close(); err != nil {
+			s.a.Log.Warn("save policy", "error", err)
+		}
+	}()
+	tick := time.NewTicker(localLook)
+	defer tick.Stop()
+	for {
+		var asked []ask
+		read := false
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.wake:
+		case q := <-s.asks:
+			asked = append(asked, q)
+		case now := <-tick.C:
+			k.tidy(now)
+			if !k.due(now) {
+				continue
+			}
+			read = true
+		}
+		k.keep(ctx, asked, read)
+	}
+}
+
+// keeper is what the goroutine knows for itself.
+type keeper struct {
+	*policies
+	p          *enforce.Policy
+	unreadable map[string]error // by key of the store
+	read       time.Time        // when node.db was written that was read last
+	epoch      uint32           // that was the last one
+	again      time.Time        // when to try again; zero: not
+	retry      time.Duration
+	tidied     time.Time
+}
+
+// load waits for its turn: an ADD that came while there was no agent may be at it. false: ctx ended.
+func (k *keeper) load(ctx context.Context) bool {
+	for wait := 20 * time.Millisecond; ; wait = min(2*wait, retryTo) {
+		p, err := enforce.Load(ctx, enforce.Config{Dir: k.a.StateDir, Maps: k.a.maps, Node: k.a.Node, Log: k.a.Log})
+		if ctx.Err() == nil && wait > retryFrom || err == nil {
+			k.a.problem("policy", err)
+		}
+		if err == nil {
+			k.p = p
+			k.mu.Lock()
+			k.loaded = p
+			k.mu.Unlock()
+			return true
+		}
+		select {
+		case <-ctx.Done():
+			return false
+		case <-time.After(wait):
+		}
+	}
+}
+
+// due tells whether there is something to do that nobody has told of.
+func (k *keeper) due(now time.Time) bool {
+	if !k.again.IsZero() && !now.Before(k.again) {
+		return true
+	}
+	if written, err := node.Changed(k.a.StateDir); err != nil || !written.Equal(k.read) {
+		return true
+	}
+	state, err := k.a.maps.State()
+	return err != nil || state.Epoch != k.epoch // a pod came or went: what was written for it may be older than what it is to be
+}
+
+func (k *keeper) tidy(now time.Time) {
+	if now.Sub(k.tidied) < tidyAfter {
+		return
+	}
+	k.tidied = now
+	if err := k.p.Tidy(); err != nil {
+		k.a.Log.Warn("save policy", "error", err)
+	}
+}
+
+// keep puts in force what changed, and answers who asked. read: node.db may have changed.
+func (k *keeper) keep(ctx context.Context, asked []ask, read bool) {
+	for more := true; more; { // what comes together is done together
+		select {
+		case q := <-k.asks:
+			asked = append(asked, q)
+		default:
+			more = false
+		}
+	}
+	k.take()
+	var err error
+	if read {
+		err = k.readPods(ctx)
+	}
+	for _, q := range asked {
+		k.p.PutLocal(q.pod)
+	}
+	refused := false
+	if err == nil {
+		_, err = k.p.Commit(ctx)
+		switch {
+		case errors.Is(err, enforce.ErrRefused): // what, the problem says
+			refused, err = true, nil
+		case errors.Is(err, enforce.ErrUnknown): // the store will say
+		}
+	}
+	for _, q := range asked {
+		q.answer <- k.answer(q.pod, err)
+	}
+	if errors.Is(err, enforce.ErrUnknown) {
+		err = nil
+	}
+	k.again = time.Time{}
+	switch {
+	case err != nil:
+		k.again, k.retry = time.Now().Add(k.retry), min(2*k.retry, retryTo)
+	case refused || k.p.Trouble() != nil:
+		k.again = time.Now().Add(rescan)
+	default:
+		k.retry = retryFrom
+	}
+	if state, serr := k.a.maps.State(); serr == nil {
+		k.epoch = state.Epoch
+	}
+	if ctx.Err() == nil {
+		k.a.problem("policy", k.trouble(err))
+	}
+}
+
+func (k *keeper) answer(pod node.Endpoint, err error) answer {
+	if err != nil {
+		return answer{err: err}
+	}
+	ids, ok := k.p.Pod(pod)
+	if !ok {
+		return answer{err: errors.Join(fmt.Errorf("policy of pod %s is not in force", pod.Key), k.p.Trouble())}
+	}
+	return answer{ids: ids}
+}
+
+// trouble is all that keeps policy from being what people want.
+func (k *keeper) trouble(err error) error {
+	var texts []string
+	if err != nil {
+		texts = append(texts, err.Error())
+	}
+	for _, key := range slices.Sorted(maps.Keys(k.unreadable)) {
+		texts = append(texts, fmt.Sprintf("%s in the store: %s", key, k.unreadable[key]))
+	}
+	texts = append(texts, k.p.State().Refused...)
+	if len(texts) == 0 {
+		return nil
+	}
+	if more := len(texts) - maxTroubles; more > 0 {
+		texts = append(texts[:maxTroubles], fmt.Sprintf("and %d more", more))
+	}
+	return errors.New(strings.Join(texts, "; "))
+}
+
+// take notes what was heard of the store.
+func (k *keeper) take() {
+	k.mu.Lock()
+	heard, all := k.heard, k.all
+	k.heard, k.all = make(map[string]store.Event), false
+	k.mu.Unlock()
+	var resources []api.Resource
+	published := make(map[string]Published)
+	if all {
+		clear(k.unreadable)
+	}
+	for key, e := range heard {
+		kind, namespace, name, _ := policyKey(key)
+		delete(k.unreadable, key)
+		if e.Deleted {
+			k.p.Delete(kind, namespace, name)
+			k.unpublished(e)
+			continue
+		}
+		var r api.Resource
+		err := json.Unmarshal(e.Value, &r)
+		if err == nil && r.Key() != key {
+			err = fmt.Errorf("%w: it is %s", api.ErrInvalid, r)
+		}
+		if err != nil {
+			k.unreadable[key] = err
+			if have, ok := k.p.Resource(kind, namespace, name); all && ok { // what was in force of it stays
+				resources = append(resources, have)
+			}
+			continue
+		}
+		if spec, is := r.Spec.(*api.WorkloadEndpoint); is && spec.Node == k.a.Node {
+			published[key] = Published{e.KV, r}
+		}
+		if all {
+			resources = append(resources, r)
+		} else {
+			k.p.Put(r)
+		}
+	}
+	if all {
+		k.p.Replace(resources)
+	}
+	k.mu.Lock()
+	changed := false
+	if all {
+		k.published, k.listed, changed = make(map[string]Published), true, true
+	}
+	for key, e := range published {
+		if e.Revision > k.published[key].Revision { // not what this agent wrote itself
+			k.published[key], changed = e, true
+		}
+	}
+	k.stale = k.stale || changed
+	k.mu.Unlock()
+	if changed {
+		k.a.changed()
+	}
+}
+
+// unpublished notes that an endpoint of this node is gone from the store.
+func (k *keeper) unpublished(e store.Event) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if was, ours := k.published[e.Key]; ours && was.Revision < e.Revision {
+		delete(k.published, e.Key)
+		k.stale = true
+		k.a.changed()
+	}
+}
+
+// readPods reads which pods this node has, if that has changed. On an error those that were known stay.
+func (k *keeper) readPods(ctx context.Context) error {
+	written, err := node.Changed(k.a.StateDir)
+	if err != nil || written.Equal(k.read) && !written.IsZero() {
+		return err
+	}
+	pods, err := k.a.pods(ctx)
+	if err != nil {
+		return err
+	}
+	k.p.SetLocal(pods)
+	k.read = written
+	k.mu.Lock()
+	k.pods, k.podsKnown, k.stale = pods, true, true
+	k.mu.Unlock()
+	k.a.changed()
+	return nil
+}
+
+// pods are those in node.db. None there while pods are attached is an error: somebody has taken the file away.
+func (a *Agent) pods(ctx context.Context) ([]node.Endpoint, error) {
+	pods := []node.Endpoint{}
+	db, err := node.OpenReadOnly(ctx, a.StateDir, a.nodeOptions())
+	if errors.Is(err, node.ErrNoDatabase) {
+		attached, merr := a.maps.Pods()
+		if merr == nil && len(attached) > 0 {
+			return nil, fmt.Errorf("%d pods are attached: %w", len(attached), err)
+		}
+		return pods, merr
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer db.Close()
+	err = db.View(func(tx *node.Tx) error {
+		return tx.Endpoints(func(e node.Endpoint) error {
+			pods = append(pods, e)
+			return nil
+		})
+	})
+	return pods, err
+}
+
+// publish makes the store say which pods this node has: what differs is written, and what is gone deleted. Only endpoints
+// that say to be this node's are touched.
+func (s *policies) publish(ctx context.Context) error {
+	s.mu.Lock()
+	ready, pods, published := s.podsKnown && s.listed && s.stale, s.pods, maps.Clone(s.published)
+	s.stale = s.stale && !ready
+	s.mu.Unlock()
+	if !ready {
+		return nil
+	}
+	var errs []error
+	for _, pod := range pods {
+		id := enforce.EndpointID(s.a.Node, pod)
+		namespace, name, _ := strings.Cut(id, "/")
+		key := policyKinds["workloadendpoints"].Key(namespace, name)
+		was, exists := published[key]
+		delete(published, key)
+		var have *api.Resource
+		if exists {
+			have = &was.Resource
+		}
+		want := enforce.Endpoint(s.a.Node, pod, have)
+		text, err := json.Marshal(want)
+		if err == nil && exists && bytes.Equal(text, was.Value) {
+			continue
+		}
+		var revision store.Revision
+		if err == nil {
+			revision, err = s.a.put(ctx, key, text, was.KV, exists)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("publish pod %s: %w", pod.Key, err))
+			continue
+		}
+		s.mu.Lock()
+		s.published[key] = Published{store.KV{Key: key, Value: text, Revision: revision}, want}
+		s.mu.Unlock()
+	}
+	for key, was := range published {
+		if err := s.a.store.Delete(ctx, key, was.Revision); err != nil && !errors.Is(err, store.ErrNotFound) {
+			errs = append(errs, fmt.Errorf("take back %s: %w", was.Resource, err))
+			continue
+		}
+		s.mu.Lock()
+		if s.published[key].Revision == was.Revision {
+			delete(s.published, key)
+		}
+		s.mu.Unlock()
+	}
+	if len(errs) > 0 {
+		s.mu.Lock()
+		s.stale = true
+		s.mu.Unlock()
+	}
+	return errors.Join(errs...)
+}
+
+// PolicyStatus is what an agent says of policy, on its socket at /v1/policy.
+type PolicyStatus struct {
+	Known bool `json:"known"` // false: nothing is, and what is in the maps stays
+	enforce.State
+}
+
+func (s *policies) status() PolicyStatus {
+	if p := s.policy(); p != nil {
+		return PolicyStatus{p.Known(), p.State()}
+	}
+	return PolicyStatus{State: enforce.State{Refused: []string{}}}
+}
+
+// handle answers what is asked about policy.
+func (s *policies) handle(mux *http.ServeMux) {
+	answer := func(w http.ResponseWriter, v any, err error) {
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+		w.Header().Set("Content-Type", "application/json")
+		_ = json.NewEncoder(w).Encode(v) // who asks may be gone
+	}
+	mux.HandleFunc("GET /v1/policy", func(w http.ResponseWriter, _ *http.Request) {
+		answer(w, s.status(), nil)
+	})
+	mux.HandleFunc("GET /v1/policy/rules", func(w http.ResponseWriter, _ *http.Request) {
+		rules := make(map[uint32]enforce.Rule)
+		if p := s.policy(); p != nil {
+			rules = p.Rules()
+		}
+		answer(w, rules, nil)
+	})
+	mux.HandleFunc("POST /v1/policy/endpoint", func(w http.ResponseWriter, r *http.Request) {
+		var pod node.Endpoint
+		err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxEndpoint)).Decode(&pod)
+		if err == nil {
+			_, err = node.ParseKey(pod.Key.String())
+		}
+		if err != nil {
+			http.Error(w, "an endpoint of node.db is expected: "+err.Error(), http.StatusBadRequest)
+			return
+		}
+		ids, err := s.ask(r.Context(), pod)
+		answer(w, ids, err)
+	})
+}
+
+// ask makes a pod's policy what it is to be, and returns its ids when it is in force.
+func (s *policies) ask(ctx context.Context, pod node.Endpoint) (policy.PodPolicies, error) {
+	reply := make(chan answer, 1)
+	select {
+	case s.asks <- ask{pod, reply}:
+	case <-ctx.Done():
+		return policy.PodPolicies{}, ctx.Err()
+	}
+	select {
+	case got := <-reply:
+		return got.ids, got.err
+	case <-ctx.Done():
+		return policy.PodPolicies{}, ctx.Err()
+	}
+}
+
+func (s *policies) policy() *enforce.Policy {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.loaded
+}
