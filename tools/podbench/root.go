@@ -14,14 +14,12 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
-	"github.com/caracal-net/caracal/maps"
 	"github.com/caracal-net/caracal/tools/podbench/datapath"
 	"github.com/caracal-net/caracal/tools/podbench/measure"
 	"github.com/caracal-net/caracal/tools/podbench/report"
 )
 
 func newRootCommand() *cobra.Command {
-	datapath.RaiseEpoch = raiseEpoch
 	c := &cobra.Command{
 		Use:   "podbench",
 		Short: "Compare pod-to-pod datapaths",
@@ -32,16 +30,6 @@ and measures them in turns, so that ratios hold on a noisy machine too. Nothing 
 	}
 	c.AddCommand(newRunCommand(), newCNICommand(), newPlotCommand(), newCleanCommand(), newServeCommand(), newAskCommand())
 	return c
-}
-
-func raiseEpoch(dir string) error {
-	m, err := maps.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer m.Close()
-	_, err = m.RaiseEpoch()
-	return err
 }
 
 // choice is the flags that select datapaths and output; every measuring command has them.

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -26,6 +28,7 @@ type runOptions struct {
 	duration   time.Duration
 	cpu        int
 	raise      float64
+	raiseOf    []string
 	during     string
 	duringRate float64
 	rules      int
@@ -61,6 +64,7 @@ twoproc: a server and a client process, as users see it: udp, tcp, crr (connect,
 	f.DurationVar(&o.duration, "duration", 2*time.Second, "of one twoproc visit")
 	f.IntVar(&o.cpu, "cpu", -1, "CPU for inline; -1: the last one allowed")
 	f.Float64Var(&o.raise, "raise-epoch", 0, "raise the epoch of Caracal's datapaths so many times a second meanwhile")
+	f.StringSliceVar(&o.raiseOf, "raise-epoch-of", nil, "only of these (default all of Caracal's)")
 	f.StringVar(&o.during, "during", "", "a shell command to run again and again meanwhile")
 	f.Float64Var(&o.duringRate, "during-rate", 10, "how often a second")
 	f.IntVar(&o.rules, "rules", 0, "how many policy rules are in force, noted in the report for plots")
@@ -74,6 +78,9 @@ func (o *runOptions) run(c *cobra.Command) (err error) {
 	}
 	if o.mode != "inline" && o.mode != "twoproc" {
 		return fmt.Errorf("--mode %q: neither inline nor twoproc", o.mode)
+	}
+	if len(o.raiseOf) > 0 && o.raise == 0 {
+		return errors.New("--raise-epoch-of: --raise-epoch says how often")
 	}
 	if len(o.protocols) == 0 {
 		o.protocols = []string{measure.UDP, measure.TCP}
@@ -160,34 +167,55 @@ func (o *runOptions) disturb(ctx context.Context, nodes []*datapath.Node) (func(
 	}
 	switch {
 	case o.raise > 0:
-		var ours []*datapath.Node
-		for _, n := range nodes {
-			if n.UsesCaracal() {
-				if err := n.CanRaise(); err != nil {
-					return nil, err
-				}
-				ours = append(ours, n)
-			}
+		raised, err := o.raised(nodes)
+		if err != nil {
+			return nil, err
 		}
-		if len(ours) == 0 {
-			return nil, errors.New("--raise-epoch: no Caracal datapath is measured")
-		}
-		return measure.During(ctx, "raise the epoch", o.raise, cpu, func(context.Context) error {
-			for _, n := range ours {
-				for _, dir := range n.BPFDirs() {
-					if err := datapath.RaiseEpoch(dir); err != nil {
-						return err
-					}
+		raise := func(context.Context) error {
+			for _, n := range raised {
+				if err := n.RaiseEpoch(); err != nil {
+					return err
 				}
 			}
 			return nil
-		})
+		}
+		if err := raise(ctx); err != nil { // what cannot be done is said before anything is measured
+			return nil, err
+		}
+		return measure.During(ctx, "raise the epoch of "+names(raised), o.raise, cpu, raise)
 	case o.during != "":
 		return measure.During(ctx, o.during, o.duringRate, cpu, func(ctx context.Context) error {
 			return exec.CommandContext(ctx, "/bin/sh", "-c", o.during).Run()
 		})
 	}
 	return nil, nil
+}
+
+// raised are the datapaths whose epoch is raised: those of --raise-epoch-of, or all of Caracal's.
+func (o *runOptions) raised(nodes []*datapath.Node) ([]*datapath.Node, error) {
+	var out []*datapath.Node
+	for _, n := range nodes {
+		if n.UsesCaracal() && (len(o.raiseOf) == 0 || slices.Contains(o.raiseOf, n.Spec.Name)) {
+			out = append(out, n)
+		}
+	}
+	for _, name := range o.raiseOf {
+		if !slices.ContainsFunc(out, func(n *datapath.Node) bool { return n.Spec.Name == name }) {
+			return nil, fmt.Errorf("--raise-epoch-of %s: no datapath of Caracal that is measured", name)
+		}
+	}
+	if len(out) == 0 {
+		return nil, errors.New("--raise-epoch: no Caracal datapath is measured")
+	}
+	return out, nil
+}
+
+func names(nodes []*datapath.Node) string {
+	var out []string
+	for _, n := range nodes {
+		out = append(out, n.Spec.Name)
+	}
+	return strings.Join(out, ", ")
 }
 
 func (o *runOptions) inline(ctx context.Context, paths []measure.Path, r *report.Report, show func(int, int, string)) error {

@@ -3,32 +3,31 @@ package datapath
 import (
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
+
+	"github.com/caracal-net/caracal/maps"
 )
-
-// RaiseEpoch adds one to the epoch in the state map pinned in a caracal node's directory, as any change of pods,
-// routes or policy does. It is nil in a build without the maps package.
-var RaiseEpoch func(dir string) error
-
-// ErrNoEpoch says that the epoch of a datapath cannot be raised.
-var ErrNoEpoch = errors.New("cannot raise the epoch")
-
-// CanRaise tells whether RaiseEpoch can work on the node; the error is ErrNoEpoch.
-func (n *Node) CanRaise() error {
-	if RaiseEpoch == nil {
-		return fmt.Errorf("%w: this build has no access to caracal's maps; use --during with a command", ErrNoEpoch)
-	}
-	if pin := filepath.Join(n.BPFDir(), "state"); !exists(pin) {
-		return fmt.Errorf("%w: datapath %s has no map pinned at %s", ErrNoEpoch, n.Spec.Name, pin)
-	}
-	return nil
-}
 
 // UsesCaracal tells whether the node's pods are wired by the caracal plugin.
 func (n *Node) UsesCaracal() bool { return n.Spec.usesCaracal() }
 
-func exists(path string) bool {
-	_, err := os.Lstat(path)
-	return err == nil
+// RaiseEpoch has the node's packets judged again, as any change of pods, routes or policy does.
+func (n *Node) RaiseEpoch() error {
+	return n.eachMaps(func(m *maps.Maps) error {
+		_, err := m.RaiseEpoch()
+		return err
+	})
+}
+
+// eachMaps opens the maps of each of the hosts.
+func (n *Node) eachMaps(fn func(*maps.Maps) error) error {
+	for _, h := range n.hosts() {
+		m, err := maps.Open(h.BPFDir())
+		if err == nil {
+			err = errors.Join(fn(m), m.Close())
+		}
+		if err != nil {
+			return fmt.Errorf("datapath %s: %w", n.Spec.Name, err)
+		}
+	}
+	return nil
 }

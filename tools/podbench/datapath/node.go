@@ -94,12 +94,12 @@ func fileName(name string) string { return strings.NewReplacer("+", ".", "/", ".
 // BPFDir is where a caracal plugin of this node pins its maps.
 func (n *Node) BPFDir() string { return filepath.Join(n.Dir, "bpf", "caracal") }
 
-// BPFDirs are those of all hosts.
-func (n *Node) BPFDirs() []string {
+// hosts are the node and the second host, when there is one.
+func (n *Node) hosts() []*Node {
 	if n.far == nil {
-		return []string{n.BPFDir()}
+		return []*Node{n}
 	}
-	return []string{n.BPFDir(), n.far.BPFDir()}
+	return []*Node{n, n.far}
 }
 
 // Pair makes the two pods whose packets are measured, attached and ready for traffic.
