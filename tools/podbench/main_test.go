@@ -94,6 +94,9 @@ func TestInline(t *testing.T) {
 		if l.Trips != 15 || l.NS.N != 3 || l.NS.Median <= 0 || l.Ratio.Median <= 0 {
 			t.Errorf("latency %+v", l)
 		}
+		if ours := l.Datapath == "caracal"; ours != (l.Programs != nil) || ours && (l.Programs.NS.Median <= 0 || l.Programs.Runs < 2) {
+			t.Errorf("programs of %+v: %+v", l, l.Programs)
+		}
 	}
 	wellFormed(t, svg)
 	table := &bytes.Buffer{}

@@ -42,7 +42,8 @@ func newRunCommand() *cobra.Command {
 		Long: `run measures round trips between two pods of each datapath.
 
 inline: one thread holds a socket in each pod and plays both sides, so a round trip is the kernel's
-path and nothing else. The ratio to the bare veth pair is the figure to quote.
+path and nothing else. The ratio to the bare veth pair is the figure to quote. Of Caracal it also tells what its programs
+themselves take in a round trip, by the kernel's statistics: that hardly depends on what else the machine does.
 twoproc: a server and a client process, as users see it: udp, tcp, crr (connect, request, close), bulk.`,
 		Example: `  podbench run
   podbench run -d veth,caracal --protocol udp --rounds 400
@@ -148,8 +149,14 @@ func (o *runOptions) build(ctx context.Context, session *datapath.Session, specs
 		if err != nil {
 			return nil, nil, err
 		}
+		programs, err := n.Programs()
+		if err != nil {
+			return nil, nil, err
+		}
 		r.Datapaths = append(r.Datapaths, report.Datapath{Name: s.Name, Attach: attach, Plugins: plugins})
-		paths = append(paths, measure.Path{Name: s.Name, A: measure.End{NS: a.NS, Addr: a.Addr}, B: measure.End{NS: b.NS, Addr: b.Addr}})
+		paths = append(paths, measure.Path{
+			Name: s.Name, A: measure.End{NS: a.NS, Addr: a.Addr}, B: measure.End{NS: b.NS, Addr: b.Addr}, Programs: programs,
+		})
 		nodes = append(nodes, n)
 	}
 	return paths, nodes, nil
@@ -232,10 +239,16 @@ func (o *runOptions) inline(ctx context.Context, paths []measure.Path, r *report
 				base = b
 			}
 		}
-		r.Latency = append(r.Latency, report.Latency{
+		l := report.Latency{
 			Datapath: s.Path, Protocol: s.Protocol, NS: stats.Summarize(s.Medians),
 			Ratio: stats.Summarize(stats.Ratios(s.Medians, base.Medians)), Trips: s.Trips, Waits: s.Waits,
-		})
+		}
+		if len(s.Programs) > 0 {
+			l.Programs = &report.Programs{
+				NS: stats.Summarize(s.Programs), Ratio: stats.Summarize(stats.Ratios(s.Programs, base.Programs)), Runs: s.Runs,
+			}
+		}
+		r.Latency = append(r.Latency, l)
 	}
 	return nil
 }

@@ -13,10 +13,12 @@ import (
 	"sync"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"github.com/containernetworking/cni/libcni"
 	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/vishvananda/netlink"
 
+	"github.com/caracal-net/caracal/bpf"
 	"github.com/caracal-net/caracal/internal/netns"
 	"github.com/caracal-net/caracal/internal/nl"
 )
@@ -40,12 +42,13 @@ type Node struct {
 	cni     *libcni.CNIConfig
 	list    *libcni.NetworkConfigList
 
-	mu      sync.Mutex
-	pods    []*Pod
-	detach  []func() error
-	attach  string // redirect: how the program is attached
-	far     *Node  // the second host, when there is one
-	hostDel bool
+	mu       sync.Mutex
+	pods     []*Pod
+	detach   []func() error
+	attach   string // redirect: how the program is attached
+	far      *Node  // the second host, when there is one
+	programs []*ebpf.Program
+	hostDel  bool
 }
 
 // Pod is one pod's namespace. Addr is valid once it is attached.
@@ -93,6 +96,23 @@ func fileName(name string) string { return strings.NewReplacer("+", ".", "/", ".
 
 // BPFDir is where a caracal plugin of this node pins its maps.
 func (n *Node) BPFDir() string { return filepath.Join(n.Dir, "bpf", "caracal") }
+
+// Programs are those of Caracal's that packets may meet on the node; none of other datapaths. Close closes them.
+func (n *Node) Programs() ([]*ebpf.Program, error) {
+	if !n.UsesCaracal() || n.programs != nil {
+		return n.programs, nil
+	}
+	for _, h := range n.hosts() {
+		for _, name := range []string{bpf.DataplaneProgFromPod, bpf.DataplaneProgToPod, bpf.DataplaneProgFromNet, bpf.DataplaneProgToNet} {
+			p, err := ebpf.LoadPinnedProgram(bpf.ProgramPath(h.BPFDir(), name), nil)
+			if err != nil {
+				return nil, fmt.Errorf("open program %s of %s: %w", name, n.Spec.Name, err)
+			}
+			n.programs = append(n.programs, p)
+		}
+	}
+	return n.programs, nil
+}
 
 // hosts are the node and the second host, when there is one.
 func (n *Node) hosts() []*Node {
@@ -363,6 +383,10 @@ func (n *Node) Close(ctx context.Context) error {
 		errs = append(errs, f())
 	}
 	n.detach = nil
+	for _, p := range n.programs {
+		errs = append(errs, p.Close())
+	}
+	n.programs = nil
 	if !n.hostDel {
 		n.hostDel = true
 		n.host.Close()

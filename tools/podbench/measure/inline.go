@@ -11,6 +11,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"github.com/caracal-net/caracal/internal/netns"
@@ -33,8 +34,9 @@ const MaxSize = 65507
 
 // Path is one datapath to measure, with a pod at each end.
 type Path struct {
-	Name string
-	A, B End
+	Name     string
+	A, B     End
+	Programs []*ebpf.Program // that its packets meet, whose run time Inline reports; may be nil
 }
 
 // InlineOptions of Inline.
@@ -53,6 +55,10 @@ type Series struct {
 	Medians, Means []float64 // ns
 	Trips          int       // round trips timed in all rounds
 	Waits          int       // polls that found nothing yet; much above zero means that a softirq ran elsewhere
+	// What the path's programs took in a round, by the kernel's statistics, ns per round trip; and how often they ran
+	// in one. It is of trips of their own, that are not in the values above. Empty without programs.
+	Programs []float64
+	Runs     float64
 }
 
 // LastCPU returns the highest CPU this process may use; interrupts tend to arrive on the lowest.
@@ -136,6 +142,15 @@ func inline(ctx context.Context, paths []Path, opts InlineOptions) (out []Series
 				out[i].Means = append(out[i].Means, stats.Mean(took))
 				out[i].Trips += opts.Batch
 				out[i].Waits = trips[i].waited()
+				if len(paths[path].Programs) > 0 {
+					n := programTrips(opts.Batch)
+					took, runs, err := runStats(paths[path].Programs, func() error { return batch(trips[i], n, nil) })
+					if err != nil {
+						return nil, fmt.Errorf("%s over %s: %w", out[i].Protocol, out[i].Path, err)
+					}
+					out[i].Programs = append(out[i].Programs, float64(took.Nanoseconds())/float64(n))
+					out[i].Runs = float64(runs) / float64(n)
+				}
 			}
 		}
 	}
@@ -150,6 +165,9 @@ func warmTrips(batch, round int) int {
 	}
 	return max(batch/20, 10)
 }
+
+// programTrips is how many trips of a visit go to the programs' run time.
+func programTrips(batch int) int { return max(batch/2, 10) }
 
 // order visits n paths so that none is always first or always after the same one.
 func order(n, round int) []int {

@@ -56,6 +56,14 @@ type Latency struct {
 	Ratio    stats.Summary `json:"ratio"` // to the first datapath in the same round
 	Trips    int           `json:"trips"`
 	Waits    int           `json:"waits"`
+	Programs *Programs     `json:"programs,omitempty"` // of Caracal's datapaths
+}
+
+// Programs is what the datapath's programs themselves take, by the kernel's statistics, which add some ns to each run.
+type Programs struct {
+	NS    stats.Summary `json:"ns"`            // per round trip, in each round
+	Ratio stats.Summary `json:"ratio"`         // to the first datapath's in the same round; of nothing if that has no programs
+	Runs  float64       `json:"runs_per_trip"` // how often they run in a round trip
 }
 
 // Visits is what clients in a process of their own saw.
@@ -115,6 +123,22 @@ func Here() Machine {
 	return m
 }
 
+// ratio is two columns: the median and the quartiles.
+func ratio(s stats.Summary) string {
+	if s.N == 0 {
+		return "-\t-"
+	}
+	return fmt.Sprintf("%.3f\t%.3f-%.3f", s.Median, s.P25, s.P75)
+}
+
+// columns are what a round trip costs in programs, and its ratio.
+func (p *Programs) columns() string {
+	if p == nil {
+		return "-\t-\t-"
+	}
+	return fmt.Sprintf("%.0f\t%s", p.NS.Median, ratio(p.Ratio))
+}
+
 // Table writes the report for a person.
 func (r *Report) Table(w io.Writer) error {
 	fmt.Fprintf(w, "Linux %s, %d x %s\n", r.Machine.Kernel, r.Machine.CPUs, r.Machine.CPU)
@@ -127,10 +151,10 @@ func (r *Report) Table(w io.Writer) error {
 		attach[d.Name] = d.Attach
 	}
 	if len(r.Latency) > 0 {
-		fmt.Fprintln(t, "\nDATAPATH\tATTACHED\tPROTOCOL\tROUND TRIP us\tP10\tP90\tRATIO\tQUARTILES")
+		fmt.Fprintln(t, "\nDATAPATH\tATTACHED\tPROTOCOL\tROUND TRIP us\tP10\tP90\tRATIO\tQUARTILES\tPROGRAMS ns\tRATIO\tQUARTILES")
 		for _, l := range r.Latency {
-			fmt.Fprintf(t, "%s\t%s\t%s\t%.2f\t%.2f\t%.2f\t%.3f\t%.3f-%.3f\n", l.Datapath, attach[l.Datapath], l.Protocol,
-				l.NS.Median/1e3, l.NS.P10/1e3, l.NS.P90/1e3, l.Ratio.Median, l.Ratio.P25, l.Ratio.P75)
+			fmt.Fprintf(t, "%s\t%s\t%s\t%.2f\t%.2f\t%.2f\t%s\t%s\n", l.Datapath, attach[l.Datapath], l.Protocol,
+				l.NS.Median/1e3, l.NS.P10/1e3, l.NS.P90/1e3, ratio(l.Ratio), l.Programs.columns())
 		}
 	}
 	if len(r.Visits) > 0 {
