@@ -15,6 +15,7 @@ import (
 	"github.com/caracal-net/caracal/tests/testenv"
 	"github.com/caracal-net/caracal/tools/podbench/datapath"
 	"github.com/caracal-net/caracal/tools/podbench/report"
+	"github.com/caracal-net/caracal/tools/podbench/stats"
 )
 
 func TestMain(m *testing.M) {
@@ -153,7 +154,11 @@ func TestPlotAgainstRules(t *testing.T) {
 	dir := t.TempDir()
 	var files []string
 	for _, rules := range []int{1, 1000} {
-		b, err := json.Marshal(report.Report{Schema: report.Schema, Rules: rules, Latency: []report.Latency{{Datapath: "x", Protocol: "udp"}}})
+		name := "x@" + itoa(rules)
+		b, err := json.Marshal(report.Report{
+			Schema: report.Schema, Datapaths: []report.Datapath{{Name: name, Rules: rules}},
+			Latency: []report.Latency{{Datapath: name, Protocol: "udp", NS: stats.Summarize([]float64{float64(rules)})}},
+		})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -181,6 +186,12 @@ func TestBadInput(t *testing.T) {
 		want error
 	}{
 		{[]string{"run", "-d", "nonsense"}, datapath.ErrUnknown},
+		{[]string{"run", "-d", "ptp@10"}, datapath.ErrUnknown},
+		{[]string{"run", "-d", "ptp/2@10"}, datapath.ErrUnknown},
+		{[]string{"run", "-d", "ptp-nft"}, datapath.ErrUnknown},
+		{[]string{"run", "-d", "ptp-nft@0"}, datapath.ErrUnknown},
+		{[]string{"run", "-d", "ptp-nft@100001"}, datapath.ErrUnknown},
+		{[]string{"run", "-d", "ptp-nft@many"}, datapath.ErrUnknown},
 		{[]string{"run", "-d", "bridge", "--cni-path", dir}, datapath.ErrPluginMissing},
 		{[]string{"run", "-d", "caracal", "--caracal", filepath.Join(dir, "caracal")}, datapath.ErrPluginMissing},
 		{[]string{"run", "-d", "veth", "--conflist", "x=" + bad}, datapath.ErrBadConflist},
@@ -192,6 +203,7 @@ func TestBadInput(t *testing.T) {
 		{[]string{"run", "-d", "veth", "--raise-epoch-of", "veth", "--raise-epoch", "10"}, nil},
 		{[]string{"run", "-d", "veth", "--size", "1"}, nil},
 		{[]string{"cni", "-d", "veth"}, nil},
+		{[]string{"cni", "-d", "ptp-nft@10"}, nil},
 		{[]string{"cni", "-d", "bridge", "--count", "0"}, nil},
 		{[]string{"plot", filepath.Join(dir, "none.json")}, os.ErrNotExist},
 	} {

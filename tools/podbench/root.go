@@ -42,7 +42,7 @@ type choice struct {
 func (o *choice) flags(c *cobra.Command, datapaths []string) {
 	self, _ := os.Executable()
 	f := c.Flags()
-	f.StringSliceVarP(&o.datapaths, "datapath", "d", datapaths, "built-in datapaths; ratios are to the first; NAME+500 has 500 more pods, ptp/2 and caracal/2 two hosts")
+	f.StringSliceVarP(&o.datapaths, "datapath", "d", datapaths, "built-in datapaths; ratios are to the first; NAME+500 has 500 more pods, ptp/2 and caracal/2 two hosts, caracal@1000, ptp-iptables@1000 and ptp-nft@1000 have 1000 policy rules of which the last allows the traffic")
 	f.StringArrayVar(&o.conflists, "conflist", nil, "also the CNI configuration NAME=FILE (repeatable)")
 	f.StringVar(&o.cniPath, "cni-path", datapath.DefaultCNIPath, "directories with CNI plugins")
 	f.StringVar(&o.caracal, "caracal", filepath.Join(filepath.Dir(self), "caracal"), "the caracal plugin")
@@ -91,7 +91,7 @@ func newPlotCommand() *cobra.Command {
 	var out string
 	c := &cobra.Command{
 		Use:     "plot FILE.json...",
-		Short:   "Plot what run -o json wrote; several files with different numbers of rules become one curve",
+		Short:   "Plot what run or policy -o json wrote",
 		Example: "  podbench run -o json > a.json\n  podbench plot a.json --svg a.svg",
 		Args:    cobra.MinimumNArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {

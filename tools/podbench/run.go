@@ -31,7 +31,6 @@ type runOptions struct {
 	raiseOf    []string
 	during     string
 	duringRate float64
-	rules      int
 }
 
 func newRunCommand() *cobra.Command {
@@ -49,7 +48,8 @@ twoproc: a server and a client process, as users see it: udp, tcp, crr (connect,
   podbench run -d veth,caracal --protocol udp --rounds 400
   podbench run -d veth,caracal,caracal+500
   podbench run -d ptp/2,caracal/2
-  podbench run --raise-epoch 10 -o json > changing.json
+  podbench run -d veth,caracal@10000,ptp-iptables@10000,ptp-nft@10000 --protocol crr
+  podbench run -d caracal,caracal@10000 --raise-epoch 10 --raise-epoch-of caracal@10000 -o json > changing.json
   podbench run --mode twoproc --protocol tcp,crr,bulk
   podbench run --conflist mine=/etc/cni/net.d/10-mine.conflist --cni-path /opt/cni/bin`,
 		Args: cobra.NoArgs,
@@ -68,7 +68,6 @@ twoproc: a server and a client process, as users see it: udp, tcp, crr (connect,
 	f.StringSliceVar(&o.raiseOf, "raise-epoch-of", nil, "only of these (default all of Caracal's)")
 	f.StringVar(&o.during, "during", "", "a shell command to run again and again meanwhile")
 	f.Float64Var(&o.duringRate, "during-rate", 10, "how often a second")
-	f.IntVar(&o.rules, "rules", 0, "how many policy rules are in force, noted in the report for plots")
 	return c
 }
 
@@ -95,7 +94,7 @@ func (o *runOptions) run(c *cobra.Command) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, session.Close(context.WithoutCancel(c.Context()))) }()
-	r := &report.Report{Schema: report.Schema, Machine: report.Here(), Rules: o.rules}
+	r := &report.Report{Schema: report.Schema, Machine: report.Here()}
 	show, clear := progress()
 	defer clear()
 	paths, nodes, err := o.build(ctx, session, specs, r, show)
@@ -145,6 +144,13 @@ func (o *runOptions) build(ctx context.Context, session *datapath.Session, specs
 		if err != nil {
 			return nil, nil, err
 		}
+		if show != nil && s.Rules > 0 {
+			show(i, len(specs), "rules of "+s.Name)
+		}
+		filter, err := n.Enforce(ctx, a, b)
+		if err != nil {
+			return nil, nil, err
+		}
 		plugins, err := n.Plugins(ctx)
 		if err != nil {
 			return nil, nil, err
@@ -153,7 +159,7 @@ func (o *runOptions) build(ctx context.Context, session *datapath.Session, specs
 		if err != nil {
 			return nil, nil, err
 		}
-		r.Datapaths = append(r.Datapaths, report.Datapath{Name: s.Name, Attach: attach, Plugins: plugins})
+		r.Datapaths = append(r.Datapaths, report.Datapath{Name: s.Name, Attach: attach, Plugins: plugins, Rules: s.Rules, Filter: filter})
 		paths = append(paths, measure.Path{
 			Name: s.Name, A: measure.End{NS: a.NS, Addr: a.Addr}, B: measure.End{NS: b.NS, Addr: b.Addr}, Programs: programs,
 		})

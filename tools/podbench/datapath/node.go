@@ -47,6 +47,7 @@ type Node struct {
 	detach   []func() error
 	attach   string // redirect: how the program is attached
 	far      *Node  // the second host, when there is one
+	measured []netip.Addr
 	programs []*ebpf.Program
 	hostDel  bool
 }
@@ -92,7 +93,9 @@ func (s Spec) Start(session *Session) (n *Node, err error) {
 }
 
 // fileName is a datapath's name as part of a namespace's name and of a directory's.
-func fileName(name string) string { return strings.NewReplacer("+", ".", "/", ".").Replace(name) }
+func fileName(name string) string {
+	return strings.NewReplacer("+", ".", "/", ".", "@", ".").Replace(name)
+}
 
 // BPFDir is where a caracal plugin of this node pins its maps.
 func (n *Node) BPFDir() string { return filepath.Join(n.Dir, "bpf", "caracal") }
@@ -122,8 +125,13 @@ func (n *Node) hosts() []*Node {
 	return []*Node{n, n.far}
 }
 
-// Pair makes the two pods whose packets are measured, attached and ready for traffic.
+// Pair makes the two pods whose packets are measured, attached and ready for traffic. There is one pair.
 func (n *Node) Pair(ctx context.Context) (a, b *Pod, err error) {
+	defer func() {
+		if err == nil {
+			n.measured = []netip.Addr{a.Addr, b.Addr}
+		}
+	}()
 	if n.Spec.Hosts == 2 {
 		return n.pairOfHosts(ctx)
 	}

@@ -41,7 +41,7 @@ const (
 
 // Names lists the built-in datapaths, in the order of the table.
 func Names() []string {
-	return []string{"veth", "redirect", "redirect-clsact", "bridge", "ptp", "caracal"}
+	return []string{"veth", "redirect", "redirect-clsact", "bridge", "ptp", "ptp-iptables", "ptp-nft", "caracal"}
 }
 
 // Spec says how to build a datapath.
@@ -51,10 +51,13 @@ type Spec struct {
 	Attach  string   // redirect: "tcx", "clsact" or "" for TCX with clsact as the fallback
 	Beside  int      // cni: pods that exist beside those that are measured
 	Hosts   int      // cni: 2: each of those that are measured has a host of its own; 0 or 1: one host for both
+	Rules   int      // cni: policy rules in force between the pods that are measured, of which the last allows it
 	CNIPath []string // cni: directories of plugins, first match wins
 
 	conf map[string]any // cni: the configuration list, with DirPlaceholder and subnetPlaceholder in it
 	host int            // which of Hosts
+
+	filter filter // cni: what enforces Rules; nil: the plugin
 }
 
 // Options of Builtin and FromConflist.
@@ -66,8 +69,30 @@ type Options struct {
 var validName = regexp.MustCompile(`^[a-z0-9][a-z0-9_.-]{0,31}$`)
 
 // Builtin returns one of Names; or NAME+N: one of them that is a plugin's, with N pods beside those that are measured; or
-// NAME/2: ptp or caracal, on two hosts joined by a veth pair. The error is ErrUnknown or ErrPluginMissing.
+// NAME/2: ptp or caracal, on two hosts joined by a veth pair; or NAME@N: caracal, ptp-iptables or ptp-nft, with N rules.
+// The error is ErrUnknown, ErrPluginMissing or ErrFilterMissing.
 func Builtin(name string, opts Options) (Spec, error) {
+	base, count, ruled := strings.Cut(name, "@")
+	spec, err := unruled(base, opts)
+	if err != nil {
+		return spec, err
+	}
+	can := spec.filter != nil || spec.usesCaracal() && spec.Hosts < 2
+	switch {
+	case ruled && !can:
+		return Spec{}, fmt.Errorf("%w %q: rules can have caracal, on one host, ptp-iptables and ptp-nft", ErrUnknown, name)
+	case ruled:
+		spec.Name = name
+		if spec.Rules, err = strconv.Atoi(count); err != nil || spec.Rules < 1 || spec.Rules > MaxRules {
+			return Spec{}, fmt.Errorf("%w %q: a number of rules belongs behind the '@', 1 to %d", ErrUnknown, name, MaxRules)
+		}
+	case spec.filter != nil:
+		return Spec{}, fmt.Errorf("%w %q: say how many rules, %s@1000; without rules it is ptp", ErrUnknown, name, name)
+	}
+	return spec, nil
+}
+
+func unruled(name string, opts Options) (Spec, error) {
 	if base, ok := strings.CutSuffix(name, "/2"); ok {
 		spec, err := builtin(base, opts)
 		if err == nil && base != "ptp" && base != "caracal" {
@@ -115,7 +140,17 @@ func builtin(name string, opts Options) (Spec, error) {
 		return Spec{Name: name, Kind: KindRedirect, Attach: AttachClsact}, nil
 	case "bridge":
 		plugin = map[string]any{"type": "bridge", "bridge": "pb0", "isGateway": true, "ipMasq": false, "ipam": hostLocal}
-	case "ptp":
+	case "ptp", "ptp-iptables", "ptp-nft":
+		var err error
+		switch name {
+		case "ptp-iptables":
+			spec.filter, err = byIPTables, needTables()
+		case "ptp-nft":
+			spec.filter, err = byNFT, needNFT()
+		}
+		if err != nil {
+			return Spec{}, fmt.Errorf("datapath %s: %w", name, err)
+		}
 		plugin = map[string]any{"type": "ptp", "ipMasq": false, "ipam": hostLocal}
 	case "caracal":
 		if filepath.Base(opts.Caracal) != "caracal" {

@@ -53,6 +53,9 @@ func Measure(ctx context.Context, session *datapath.Session, specs []datapath.Sp
 		if s.Hosts > 1 {
 			return nil, fmt.Errorf("datapath %s: ADD is measured on one host", s.Name)
 		}
+		if s.Rules > 0 {
+			return nil, fmt.Errorf("datapath %s: ADD is measured without rules", s.Name)
+		}
 		b, err := start(ctx, session, s, opts)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", s.Name, err)

@@ -23,15 +23,15 @@ const chunk = 128 << 10
 // writes one line of JSON, Ports, to stdout when it is ready. A request is size bytes.
 func Serve(addr netip.Addr, size int, stdin io.Reader, stdout io.Writer) error {
 	var at Ports
-	udp, udpAt, err := bound(addr, unix.SOCK_DGRAM, 0)
+	udp, udpAt, err := serving(addr, unix.SOCK_DGRAM, 0)
 	if err != nil {
 		return err
 	}
-	tcp, tcpAt, err := bound(addr, unix.SOCK_STREAM, 0)
+	tcp, tcpAt, err := serving(addr, unix.SOCK_STREAM, 0)
 	if err != nil {
 		return err
 	}
-	bulk, bulkAt, err := bound(addr, unix.SOCK_STREAM, 0)
+	bulk, bulkAt, err := serving(addr, unix.SOCK_STREAM, 0)
 	if err != nil {
 		return err
 	}

@@ -279,13 +279,14 @@ func (t *talk) Close() error {
 func newDatagram(p Path, size int) (trip, error) {
 	t := newTalk(size)
 	var atA, atB netip.AddrPort
-	open := func(e End, fd *int, at *netip.AddrPort) error {
-		return e.NS.Do(func() (err error) {
-			*fd, *at, err = bound(e.Addr, unix.SOCK_DGRAM, unix.SOCK_NONBLOCK)
-			return err
-		})
+	err := p.A.NS.Do(func() (err error) {
+		t.a, atA, err = bound(netip.AddrPortFrom(p.A.Addr, 0), unix.SOCK_DGRAM, unix.SOCK_NONBLOCK)
+		return err
+	})
+	if err == nil {
+		t.b, atB, err = serve(p.B, unix.SOCK_DGRAM)
 	}
-	if err := errors.Join(open(p.A, &t.a, &atA), open(p.B, &t.b, &atB)); err != nil {
+	if err != nil {
 		return nil, errors.Join(err, t.Close())
 	}
 	if err := errors.Join(unix.Connect(t.a, sockaddr(atB)), unix.Connect(t.b, sockaddr(atA))); err != nil {
@@ -296,7 +297,7 @@ func newDatagram(p Path, size int) (trip, error) {
 
 func newStream(p Path, size int) (trip, error) {
 	t := newTalk(size)
-	listener, at, err := listen(p.B)
+	listener, at, err := serve(p.B, unix.SOCK_STREAM)
 	if err != nil {
 		return nil, err
 	}
@@ -317,9 +318,9 @@ func newStream(p Path, size int) (trip, error) {
 	return &t, nil
 }
 
-func listen(e End) (fd int, at netip.AddrPort, err error) {
+func serve(e End, kind int) (fd int, at netip.AddrPort, err error) {
 	err = e.NS.Do(func() (err error) {
-		fd, at, err = bound(e.Addr, unix.SOCK_STREAM, unix.SOCK_NONBLOCK)
+		fd, at, err = serving(e.Addr, kind, unix.SOCK_NONBLOCK)
 		return err
 	})
 	return fd, at, err
@@ -337,7 +338,7 @@ func newConnect(p Path, size int) (trip, error) {
 	if err := PrepareClient(p.A.NS); err != nil {
 		return nil, err
 	}
-	listener, at, err := listen(p.B)
+	listener, at, err := serve(p.B, unix.SOCK_STREAM)
 	if err != nil {
 		return nil, err
 	}

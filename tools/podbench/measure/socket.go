@@ -22,6 +22,12 @@ type End struct {
 	Addr netip.Addr
 }
 
+// Servers listen on a port between these: rules that are about other ports do not concern them.
+const (
+	FirstPort = 8080
+	LastPort  = 8095
+)
+
 // patience is how long an answer may take before a measurement fails.
 const patience = 2 * time.Second
 
@@ -52,10 +58,10 @@ func family(a netip.Addr) int {
 	return unix.AF_INET6
 }
 
-// bound opens a socket in the calling thread's namespace, bound to addr and a free port. flags may hold
+// bound opens a socket in the calling thread's namespace, bound to an address and port, 0: a free one. flags may hold
 // unix.SOCK_NONBLOCK. A stream socket listens.
-func bound(addr netip.Addr, kind, flags int) (fd int, at netip.AddrPort, err error) {
-	if fd, err = unix.Socket(family(addr), kind|flags|unix.SOCK_CLOEXEC, 0); err != nil {
+func bound(to netip.AddrPort, kind, flags int) (fd int, at netip.AddrPort, err error) {
+	if fd, err = unix.Socket(family(to.Addr()), kind|flags|unix.SOCK_CLOEXEC, 0); err != nil {
 		return -1, at, fmt.Errorf("open socket: %w", err)
 	}
 	defer func() {
@@ -63,12 +69,12 @@ func bound(addr netip.Addr, kind, flags int) (fd int, at netip.AddrPort, err err
 			unix.Close(fd)
 		}
 	}()
-	if err = unix.Bind(fd, sockaddr(netip.AddrPortFrom(addr, 0))); err != nil {
-		return -1, at, fmt.Errorf("bind to %s: %w", addr, err)
+	if err = unix.Bind(fd, sockaddr(to)); err != nil {
+		return -1, at, fmt.Errorf("bind to %s: %w", to, err)
 	}
 	if kind == unix.SOCK_STREAM {
 		if err = unix.Listen(fd, 128); err != nil {
-			return -1, at, fmt.Errorf("listen on %s: %w", addr, err)
+			return -1, at, fmt.Errorf("listen on %s: %w", to, err)
 		}
 	}
 	sa, err := unix.Getsockname(fd)
@@ -76,6 +82,16 @@ func bound(addr netip.Addr, kind, flags int) (fd int, at netip.AddrPort, err err
 		return -1, at, fmt.Errorf("read socket's name: %w", err)
 	}
 	return fd, addrPort(sa), nil
+}
+
+// serving opens a socket as bound does, on the first free port for servers.
+func serving(addr netip.Addr, kind, flags int) (fd int, at netip.AddrPort, err error) {
+	for port := uint16(FirstPort); port <= LastPort; port++ {
+		if fd, at, err = bound(netip.AddrPortFrom(addr, port), kind, flags); !errors.Is(err, unix.EADDRINUSE) {
+			return fd, at, err
+		}
+	}
+	return fd, at, err
 }
 
 // connectStream opens a TCP connection from the calling thread's namespace, nonblocking, and does not wait for it.

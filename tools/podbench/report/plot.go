@@ -3,7 +3,9 @@ package report
 import (
 	"errors"
 	"fmt"
+	"math"
 	"slices"
+	"strings"
 
 	"gonum.org/v1/plot"
 	"gonum.org/v1/plot/plotter"
@@ -14,22 +16,17 @@ import (
 // ErrNothing says that a report holds nothing to plot.
 var ErrNothing = errors.New("nothing to plot: no inline latency in the report")
 
-// Plot writes an SVG: latency ratios of datapaths as bars, with the quartiles as error bars. Of several reports taken with
-// different numbers of rules it draws latency against that number.
+// Plot writes an SVG: latency ratios of datapaths as bars, with the quartiles as error bars. Where a kind of datapath was
+// measured with several numbers of rules it draws latency against that number.
 func Plot(file string, reports ...*Report) error {
-	rules := make(map[int]bool)
-	for _, r := range reports {
-		if len(r.Latency) > 0 {
-			rules[r.Rules] = true
-		}
-	}
+	lines := byRules(reports)
 	var p *plot.Plot
 	var err error
 	switch {
-	case len(rules) == 0:
+	case slices.ContainsFunc(lines, func(l line) bool { return len(l.points) > 1 }):
+		p, err = curves(lines)
+	case len(reports) == 0 || len(reports[0].Latency) == 0:
 		return ErrNothing
-	case len(rules) > 1:
-		p, err = byRules(reports)
 	default:
 		p, err = bars(reports[0])
 	}
@@ -95,34 +92,57 @@ func bars(r *Report) (*plot.Plot, error) {
 	return p, nil
 }
 
-func byRules(reports []*Report) (*plot.Plot, error) {
-	lines := make(map[string]plotter.XYs)
-	var names []string
+// line is the latency of one kind of datapath and protocol, us, against the number of rules.
+type line struct {
+	name   string
+	points plotter.XYs
+}
+
+func byRules(reports []*Report) []line {
+	var lines []line
 	for _, r := range reports {
 		for _, l := range r.Latency {
-			name := l.Datapath + " " + l.Protocol
-			if _, ok := lines[name]; !ok {
-				names = append(names, name)
+			d := r.datapath(l.Datapath)
+			if d.Rules == 0 {
+				continue
 			}
-			lines[name] = append(lines[name], plotter.XY{X: float64(max(r.Rules, 1)), Y: l.NS.Median / 1e3})
+			name := d.Base() + " " + l.Protocol
+			at := slices.IndexFunc(lines, func(l line) bool { return l.name == name })
+			if at < 0 {
+				at, lines = len(lines), append(lines, line{name: name})
+			}
+			lines[at].points = append(lines[at].points, plotter.XY{X: float64(d.Rules), Y: l.NS.Median / 1e3})
 		}
 	}
+	slices.SortFunc(lines, func(a, b line) int { return strings.Compare(a.name, b.name) })
+	for _, l := range lines {
+		slices.SortFunc(l.points, func(a, b plotter.XY) int { return int(a.X - b.X) })
+	}
+	return lines
+}
+
+func curves(lines []line) (*plot.Plot, error) {
 	p := plot.New()
 	p.Title.Text = "Pod to pod round trip against number of rules"
 	p.X.Label.Text, p.Y.Label.Text = "rules", "us"
 	p.X.Scale, p.X.Tick.Marker = plot.LogScale{}, plot.LogTicks{Prec: -1}
-	p.Y.Min = 0
+	p.Y.Scale, p.Y.Tick.Marker = plot.LogScale{}, plot.LogTicks{Prec: -1}
 	p.Legend.Top, p.Legend.Left = true, true
-	slices.Sort(names)
-	for i, name := range names {
-		slices.SortFunc(lines[name], func(a, b plotter.XY) int { return int(a.X - b.X) })
-		l, points, err := plotter.NewLinePoints(lines[name])
+	low, high := math.Inf(1), 0.0
+	for i, l := range lines {
+		drawn, points, err := plotter.NewLinePoints(l.points)
 		if err != nil {
 			return nil, err
 		}
-		l.Color, points.Color = plotutil.Color(i), plotutil.Color(i)
-		p.Add(l, points)
-		p.Legend.Add(name, l, points)
+		drawn.Color, points.Color = plotutil.Color(i), plotutil.Color(i)
+		points.Shape = plotutil.Shape(i)
+		p.Add(drawn, points)
+		p.Legend.Add(l.name, drawn, points)
+		for _, xy := range l.points {
+			low, high = min(low, xy.Y), max(high, xy.Y)
+		}
 	}
+	// Whole powers of ten, so that the ticks have labels, and the legend room.
+	p.Y.Min, p.Y.Max = math.Pow(10, math.Floor(math.Log10(low))), math.Pow(10, math.Ceil(math.Log10(high))+1)
 	return p, nil
 }

@@ -19,14 +19,13 @@ import (
 )
 
 // Schema is the version of the JSON below; it changes when a field changes its meaning.
-const Schema = 1
+const Schema = 2
 
 // Report is one run of podbench.
 type Report struct {
 	Schema    int                  `json:"schema"`
 	Machine   Machine              `json:"machine"`
 	Datapaths []Datapath           `json:"datapaths"`
-	Rules     int                  `json:"rules,omitempty"` // policy rules in force during the run
 	Latency   []Latency            `json:"latency,omitempty"`
 	Visits    []Visits             `json:"visits,omitempty"`
 	Lifecycle []Lifecycle          `json:"lifecycle,omitempty"`
@@ -46,6 +45,24 @@ type Datapath struct {
 	Name    string            `json:"name"`
 	Attach  string            `json:"attach"` // how programs hang on the pods' host interfaces: tcx, clsact, none
 	Plugins []datapath.Plugin `json:"plugins,omitempty"`
+	Rules   int               `json:"rules,omitempty"`  // policy rules in force between the pods
+	Filter  string            `json:"filter,omitempty"` // what enforces them
+}
+
+// Base is the name without the number of rules: the kind of datapath.
+func (d Datapath) Base() string {
+	base, _, _ := strings.Cut(d.Name, "@")
+	return base
+}
+
+// datapath is the one of this name.
+func (r *Report) datapath(name string) Datapath {
+	for _, d := range r.Datapaths {
+		if d.Name == name {
+			return d
+		}
+	}
+	return Datapath{Name: name}
 }
 
 // Latency is inline round trips of one datapath and protocol.
@@ -146,14 +163,15 @@ func (r *Report) Table(w io.Writer) error {
 		fmt.Fprintf(w, "meanwhile: %s, %.1f per second (%d failures)\n", r.During.What, r.During.Achieved, r.During.Failures)
 	}
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	attach := make(map[string]string)
 	for _, d := range r.Datapaths {
-		attach[d.Name] = d.Attach
+		if d.Rules > 0 {
+			fmt.Fprintf(w, "%s: %d rules in force by %s\n", d.Name, d.Rules, d.Filter)
+		}
 	}
 	if len(r.Latency) > 0 {
 		fmt.Fprintln(t, "\nDATAPATH\tATTACHED\tPROTOCOL\tROUND TRIP us\tP10\tP90\tRATIO\tQUARTILES\tPROGRAMS ns\tRATIO\tQUARTILES")
 		for _, l := range r.Latency {
-			fmt.Fprintf(t, "%s\t%s\t%s\t%.2f\t%.2f\t%.2f\t%s\t%s\n", l.Datapath, attach[l.Datapath], l.Protocol,
+			fmt.Fprintf(t, "%s\t%s\t%s\t%.2f\t%.2f\t%.2f\t%s\t%s\n", l.Datapath, r.datapath(l.Datapath).Attach, l.Protocol,
 				l.NS.Median/1e3, l.NS.P10/1e3, l.NS.P90/1e3, ratio(l.Ratio), l.Programs.columns())
 		}
 	}
