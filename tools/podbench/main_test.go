@@ -83,12 +83,12 @@ func TestInline(t *testing.T) {
 	testenv.NeedRoot(t)
 	svg := filepath.Join(t.TempDir(), "out.svg")
 	out, err := podbench(t, "run", "-d", "veth,redirect,caracal", "--caracal", testenv.Bin(t, "caracal"),
-		"--protocol", "udp,tcp,crr", "--rounds", "3", "--batch", "5", "--raise-epoch", "100", "-o", "json", "--svg", svg)
+		"--protocol", "udp,tcp,first,crr", "--rounds", "3", "--batch", "5", "--raise-epoch", "100", "-o", "json", "--svg", svg)
 	if err != nil {
 		t.Fatal(err)
 	}
 	r := decode(t, out)
-	if len(r.Latency) != 9 || r.During == nil || r.During.Failures != 0 {
+	if len(r.Latency) != 12 || r.During == nil || r.During.Failures != 0 {
 		t.Fatalf("report %+v", r)
 	}
 	for _, l := range r.Latency {

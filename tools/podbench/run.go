@@ -58,7 +58,7 @@ twoproc: a server and a client process, as users see it: udp, tcp, crr (connect,
 	o.flags(c, []string{"veth", "redirect", "bridge", "ptp", "caracal"})
 	f := c.Flags()
 	f.StringVar(&o.mode, "mode", "inline", "inline or twoproc")
-	f.StringSliceVar(&o.protocols, "protocol", nil, "udp, tcp, crr; twoproc also bulk (default udp,tcp)")
+	f.StringSliceVar(&o.protocols, "protocol", nil, "udp, tcp, crr; inline also first (a new flow each time), twoproc bulk (default udp,tcp)")
 	f.IntVar(&o.size, "size", 64, "payload, bytes")
 	f.IntVar(&o.rounds, "rounds", 0, "how often each datapath is visited (default 200 inline, 3 twoproc)")
 	f.IntVar(&o.batch, "batch", 500, "round trips in one inline visit")
@@ -161,7 +161,7 @@ func (o *runOptions) build(ctx context.Context, session *datapath.Session, specs
 		}
 		r.Datapaths = append(r.Datapaths, report.Datapath{Name: s.Name, Attach: attach, Plugins: plugins, Rules: s.Rules, Filter: filter})
 		paths = append(paths, measure.Path{
-			Name: s.Name, A: measure.End{NS: a.NS, Addr: a.Addr}, B: measure.End{NS: b.NS, Addr: b.Addr}, Programs: programs,
+			Name: s.Name, A: measure.End{NS: a.NS, Addr: a.Addr}, B: measure.End{NS: b.NS, Addr: b.Addr}, Programs: programs, Forget: n.Forget,
 		})
 		nodes = append(nodes, n)
 	}

@@ -18,12 +18,13 @@ import (
 	"github.com/caracal-net/caracal/tools/podbench/stats"
 )
 
-// Protocols that can be measured; Bulk only with two processes.
+// Protocols that can be measured; Bulk only with two processes, First only inline.
 const (
-	UDP  = "udp"  // one datagram there, one back
-	TCP  = "tcp"  // the same over one established connection
-	CRR  = "crr"  // connect, request, response, close
-	Bulk = "bulk" // one TCP stream as fast as it goes
+	UDP   = "udp"   // one datagram there, one back
+	TCP   = "tcp"   // the same over one established connection
+	First = "first" // as UDP, each from another port: the first packets of a flow
+	CRR   = "crr"   // connect, request, response, close
+	Bulk  = "bulk"  // one TCP stream as fast as it goes
 )
 
 // MinSize is the smallest payload: it has to hold who sent it and its number.
@@ -37,14 +38,20 @@ type Path struct {
 	Name     string
 	A, B     End
 	Programs []*ebpf.Program // that its packets meet, whose run time Inline reports; may be nil
+	// Forget empties the table of flows between the pods, if there is one: many flows are opened here that nobody closes.
+	Forget func() error
 }
+
+// maxOpened is how many flows may be opened before they are to be forgotten: less than the ports that First has, and than
+// any table's room for one pod.
+const maxOpened = 20_000
 
 // InlineOptions of Inline.
 type InlineOptions struct {
-	Protocols []string // of UDP, TCP, CRR
+	Protocols []string // of UDP, TCP, First, CRR
 	Size      int      // bytes of payload, MinSize..MaxSize
 	Rounds    int      // how often every path is visited
-	Batch     int      // round trips per visit
+	Batch     int      // round trips per visit, at most MaxBatch
 	CPU       int      // where both sides run; negative: the last one allowed
 	Progress  func(done, total int, what string)
 }
@@ -70,6 +77,9 @@ func LastCPU() (int, error) {
 	return cpus[len(cpus)-1], nil
 }
 
+// MaxBatch is the most trips per visit.
+const MaxBatch = maxOpened / 2
+
 // Inline measures round trips with one thread that owns sockets in both pods and plays both sides, so that a trip is
 // the kernel's way and nothing else: no wake-up, no scheduler. In each round every path has its turn, in an order
 // that changes from round to round; ratios within one round are what to look at. The payload of every packet is
@@ -78,8 +88,8 @@ func Inline(ctx context.Context, paths []Path, opts InlineOptions) ([]Series, er
 	if opts.Size < MinSize || opts.Size > MaxSize {
 		return nil, fmt.Errorf("payload of %d bytes: must be %d to %d", opts.Size, MinSize, MaxSize)
 	}
-	if opts.Rounds < 1 || opts.Batch < 1 {
-		return nil, fmt.Errorf("%d rounds of %d trips: both must be at least 1", opts.Rounds, opts.Batch)
+	if opts.Rounds < 1 || opts.Batch < 1 || opts.Batch > MaxBatch {
+		return nil, fmt.Errorf("%d rounds of %d trips: both must be at least 1, and the trips at most %d", opts.Rounds, opts.Batch, MaxBatch)
 	}
 	if opts.CPU < 0 {
 		var err error
@@ -121,6 +131,7 @@ func inline(ctx context.Context, paths []Path, opts InlineOptions) (out []Series
 	took := make([]float64, opts.Batch)
 	total := opts.Rounds * len(trips)
 	count := 0
+	opened := make([]int, len(paths))
 	for round := range opts.Rounds {
 		for proto := range opts.Protocols {
 			for _, path := range order(len(paths), round) {
@@ -132,6 +143,14 @@ func inline(ctx context.Context, paths []Path, opts InlineOptions) (out []Series
 					opts.Progress(count, total, out[i].Protocol+" over "+out[i].Path)
 				}
 				count++
+				if trips[i].opens() {
+					if opened[path] += visitTrips(opts.Batch, round); opened[path] > maxOpened {
+						if err := paths[path].forget(); err != nil {
+							return nil, err
+						}
+						opened[path] = visitTrips(opts.Batch, round)
+					}
+				}
 				if err := batch(trips[i], warmTrips(opts.Batch, round), nil); err != nil {
 					return nil, fmt.Errorf("%s over %s: %w", out[i].Protocol, out[i].Path, err)
 				}
@@ -169,6 +188,18 @@ func warmTrips(batch, round int) int {
 // programTrips is how many trips of a visit go to the programs' run time.
 func programTrips(batch int) int { return max(batch/2, 10) }
 
+// visitTrips are all of a visit.
+func visitTrips(batch, round int) int {
+	return warmTrips(batch, round) + batch + programTrips(batch)
+}
+
+func (p Path) forget() error {
+	if p.Forget == nil {
+		return nil
+	}
+	return p.Forget()
+}
+
 // order visits n paths so that none is always first or always after the same one.
 func order(n, round int) []int {
 	out := make([]int, n)
@@ -183,7 +214,7 @@ func order(n, round int) []int {
 
 // batch makes n trips and stores the duration of each in took, in ns, unless it is nil.
 func batch(t trip, n int, took []float64) error {
-	if err := t.enter(); err != nil {
+	if err := t.prepare(n); err != nil {
 		return err
 	}
 	base := time.Now()
@@ -203,8 +234,9 @@ func batch(t trip, n int, took []float64) error {
 
 // trip is one kind of round trip over one path.
 type trip interface {
-	enter() error // moves the thread to where trip has to be called
+	prepare(n int) error // what n calls of trip need, such as the thread in a pod's namespace
 	trip() error
+	opens() bool // each call of trip opens a flow
 	waited() int
 	Close() error
 }
@@ -215,10 +247,12 @@ func newTrip(proto string, p Path, size int) (trip, error) {
 		return newDatagram(p, size)
 	case TCP:
 		return newStream(p, size)
+	case First:
+		return newOpening(p, size)
 	case CRR:
 		return newConnect(p, size)
 	}
-	return nil, fmt.Errorf("protocol %q cannot be measured inline: known are %s, %s, %s", proto, UDP, TCP, CRR)
+	return nil, fmt.Errorf("protocol %q cannot be measured inline: known are %s, %s, %s, %s", proto, UDP, TCP, First, CRR)
 }
 
 // talk is what the kinds share: two connected sockets and what they say.
@@ -261,9 +295,10 @@ func (t *talk) roundTrip() error {
 	return nil
 }
 
-func (t *talk) enter() error { return nil }
-func (t *talk) trip() error  { return t.roundTrip() }
-func (t *talk) waited() int  { return t.waits }
+func (t *talk) prepare(int) error { return nil }
+func (t *talk) trip() error       { return t.roundTrip() }
+func (t *talk) opens() bool       { return false }
+func (t *talk) waited() int       { return t.waits }
 
 func (t *talk) Close() error {
 	var errs []error
@@ -345,8 +380,10 @@ func newConnect(p Path, size int) (trip, error) {
 	return &connect{talk: newTalk(size), listener: listener, at: at, client: p.A.NS}, nil
 }
 
-// enter moves the thread into the client's namespace, where each trip opens a socket.
-func (c *connect) enter() error {
+func (c *connect) opens() bool { return true }
+
+// prepare moves the thread into the client's namespace, where each trip opens a socket.
+func (c *connect) prepare(int) error {
 	if err := unix.Setns(c.client.FD(), unix.CLONE_NEWNET); err != nil {
 		return fmt.Errorf("enter client's namespace: %w", err)
 	}

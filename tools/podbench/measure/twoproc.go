@@ -85,6 +85,9 @@ func TwoProc(ctx context.Context, paths []Path, opts TwoProcOptions) (out []Visi
 					opts.Progress(count, opts.Rounds*len(out), s.Protocol+" over "+s.Path)
 				}
 				count++
+				if err := paths[path].forget(); err != nil {
+					return nil, err
+				}
 				v, err := ask(ctx, paths[path], servers[path].at, s.Protocol, clientCPU, opts)
 				if err != nil {
 					return nil, fmt.Errorf("%s over %s: %w", s.Protocol, s.Path, err)
