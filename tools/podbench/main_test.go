@@ -175,6 +175,32 @@ func TestPlotAgainstRules(t *testing.T) {
 	wellFormed(t, svg)
 }
 
+func TestPolicy(t *testing.T) {
+	testenv.NeedRoot(t)
+	svg := filepath.Join(t.TempDir(), "out.svg")
+	out, err := podbench(t, "policy", "--caracal", testenv.Bin(t, "caracal"), "--rules", "30,1,10", "--rounds", "2", "--batch", "5",
+		"-o", "json", "--svg", svg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := decode(t, out)
+	if len(r.Latency) != 18 || len(r.Datapaths) != 9 {
+		t.Fatalf("report %+v", r)
+	}
+	for _, d := range r.Datapaths {
+		if d.Rules == 0 || d.Filter == "" {
+			t.Errorf("datapath %+v", d)
+		}
+	}
+	for _, l := range r.Latency {
+		kind, _, _ := strings.Cut(l.Datapath, "@")
+		if l.Trips != 10 || l.NS.Median <= 0 || l.Ratio.Median <= 0 || l.RatioTo != kind+"@10" {
+			t.Errorf("latency %+v", l)
+		}
+	}
+	wellFormed(t, svg)
+}
+
 func TestBadInput(t *testing.T) {
 	dir := t.TempDir()
 	bad := filepath.Join(dir, "bad.conflist")
@@ -202,6 +228,12 @@ func TestBadInput(t *testing.T) {
 		{[]string{"run", "-d", "veth", "--raise-epoch-of", "veth"}, nil},
 		{[]string{"run", "-d", "veth", "--raise-epoch-of", "veth", "--raise-epoch", "10"}, nil},
 		{[]string{"run", "-d", "veth", "--size", "1"}, nil},
+		{[]string{"policy", "-d", "veth"}, datapath.ErrUnknown},
+		{[]string{"policy", "-d", "ptp-nft", "--rules", "0"}, datapath.ErrUnknown},
+		{[]string{"policy", "--rules", "ten"}, nil},
+		{[]string{"policy", "--rules", ""}, nil},
+		{[]string{"policy", "--conflist", "x=" + bad}, nil},
+		{[]string{"policy", "--protocol", "bulk", "-d", "ptp-nft", "--rules", "1"}, nil},
 		{[]string{"cni", "-d", "veth"}, nil},
 		{[]string{"cni", "-d", "ptp-nft@10"}, nil},
 		{[]string{"cni", "-d", "bridge", "--count", "0"}, nil},

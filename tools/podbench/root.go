@@ -28,7 +28,7 @@ and measures them in turns, so that ratios hold on a noisy machine too. Nothing 
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	c.AddCommand(newRunCommand(), newCNICommand(), newPlotCommand(), newCleanCommand(), newServeCommand(), newAskCommand())
+	c.AddCommand(newRunCommand(), newPolicyCommand(), newCNICommand(), newPlotCommand(), newCleanCommand(), newServeCommand(), newAskCommand())
 	return c
 }
 

@@ -97,7 +97,7 @@ func (o *runOptions) run(c *cobra.Command) (err error) {
 	r := &report.Report{Schema: report.Schema, Machine: report.Here()}
 	show, clear := progress()
 	defer clear()
-	paths, nodes, err := o.build(ctx, session, specs, r, show)
+	paths, nodes, err := build(ctx, session, specs, r, show)
 	if err != nil {
 		return err
 	}
@@ -106,7 +106,9 @@ func (o *runOptions) run(c *cobra.Command) (err error) {
 		return err
 	}
 	if o.mode == "inline" {
-		err = o.inline(ctx, paths, r, show)
+		err = inline(ctx, paths, measure.InlineOptions{
+			Protocols: o.protocols, Size: o.size, Rounds: o.rounds, Batch: o.batch, CPU: o.cpu, Progress: show,
+		}, func(string) string { return paths[0].Name }, r)
 	} else {
 		err = o.twoproc(ctx, paths, r, show)
 	}
@@ -122,7 +124,7 @@ func (o *runOptions) run(c *cobra.Command) (err error) {
 }
 
 // build makes the pods of all datapaths and waits until each is as it will stay.
-func (o *runOptions) build(ctx context.Context, session *datapath.Session, specs []datapath.Spec, r *report.Report, show func(int, int, string)) ([]measure.Path, []*datapath.Node, error) {
+func build(ctx context.Context, session *datapath.Session, specs []datapath.Spec, r *report.Report, show func(int, int, string)) ([]measure.Path, []*datapath.Node, error) {
 	var paths []measure.Path
 	var nodes []*datapath.Node
 	for i, s := range specs {
@@ -231,27 +233,26 @@ func names(nodes []*datapath.Node) string {
 	return strings.Join(out, ", ")
 }
 
-func (o *runOptions) inline(ctx context.Context, paths []measure.Path, r *report.Report, show func(int, int, string)) error {
-	all, err := measure.Inline(ctx, paths, measure.InlineOptions{
-		Protocols: o.protocols, Size: o.size, Rounds: o.rounds, Batch: o.batch, CPU: o.cpu, Progress: show,
-	})
+// inline measures round trips into the report, with ratios to the path that base names.
+func inline(ctx context.Context, paths []measure.Path, opts measure.InlineOptions, base func(name string) string, r *report.Report) error {
+	all, err := measure.Inline(ctx, paths, opts)
 	if err != nil {
 		return err
 	}
 	for _, s := range all {
-		base := s
+		to := s
 		for _, b := range all {
-			if b.Path == paths[0].Name && b.Protocol == s.Protocol {
-				base = b
+			if b.Path == base(s.Path) && b.Protocol == s.Protocol {
+				to = b
 			}
 		}
 		l := report.Latency{
 			Datapath: s.Path, Protocol: s.Protocol, NS: stats.Summarize(s.Medians),
-			Ratio: stats.Summarize(stats.Ratios(s.Medians, base.Medians)), Trips: s.Trips, Waits: s.Waits,
+			Ratio: stats.Summarize(stats.Ratios(s.Medians, to.Medians)), RatioTo: to.Path, Trips: s.Trips, Waits: s.Waits,
 		}
 		if len(s.Programs) > 0 {
 			l.Programs = &report.Programs{
-				NS: stats.Summarize(s.Programs), Ratio: stats.Summarize(stats.Ratios(s.Programs, base.Programs)), Runs: s.Runs,
+				NS: stats.Summarize(s.Programs), Ratio: stats.Summarize(stats.Ratios(s.Programs, to.Programs)), Runs: s.Runs,
 			}
 		}
 		r.Latency = append(r.Latency, l)

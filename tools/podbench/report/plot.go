@@ -142,7 +142,7 @@ func curves(lines []line) (*plot.Plot, error) {
 			low, high = min(low, xy.Y), max(high, xy.Y)
 		}
 	}
-	// Whole powers of ten, so that the ticks have labels, and the legend room.
-	p.Y.Min, p.Y.Max = math.Pow(10, math.Floor(math.Log10(low))), math.Pow(10, math.Ceil(math.Log10(high))+1)
+	// Whole powers of ten, so that the ticks have labels.
+	p.Y.Min, p.Y.Max = math.Pow(10, math.Floor(math.Log10(low))), math.Pow(10, math.Ceil(math.Log10(high)))
 	return p, nil
 }

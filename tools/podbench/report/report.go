@@ -70,7 +70,8 @@ type Latency struct {
 	Datapath string        `json:"datapath"`
 	Protocol string        `json:"protocol"`
 	NS       stats.Summary `json:"ns"`    // medians of the rounds, ns
-	Ratio    stats.Summary `json:"ratio"` // to the first datapath in the same round
+	Ratio    stats.Summary `json:"ratio"` // to the datapath RatioTo in the same round
+	RatioTo  string        `json:"ratio_to"`
 	Trips    int           `json:"trips"`
 	Waits    int           `json:"waits"`
 	Programs *Programs     `json:"programs,omitempty"` // of Caracal's datapaths
@@ -79,7 +80,7 @@ type Latency struct {
 // Programs is what the datapath's programs themselves take, by the kernel's statistics, which add some ns to each run.
 type Programs struct {
 	NS    stats.Summary `json:"ns"`            // per round trip, in each round
-	Ratio stats.Summary `json:"ratio"`         // to the first datapath's in the same round; of nothing if that has no programs
+	Ratio stats.Summary `json:"ratio"`         // to those of RatioTo in the same round; of nothing if it has none
 	Runs  float64       `json:"runs_per_trip"` // how often they run in a round trip
 }
 
@@ -163,16 +164,18 @@ func (r *Report) Table(w io.Writer) error {
 		fmt.Fprintf(w, "meanwhile: %s, %.1f per second (%d failures)\n", r.During.What, r.During.Achieved, r.During.Failures)
 	}
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	told := make(map[string]bool)
 	for _, d := range r.Datapaths {
-		if d.Rules > 0 {
-			fmt.Fprintf(w, "%s: %d rules in force by %s\n", d.Name, d.Rules, d.Filter)
+		if d.Rules > 0 && !told[d.Base()] {
+			told[d.Base()] = true
+			fmt.Fprintf(w, "rules of %s: by %s\n", d.Base(), d.Filter)
 		}
 	}
 	if len(r.Latency) > 0 {
-		fmt.Fprintln(t, "\nDATAPATH\tATTACHED\tPROTOCOL\tROUND TRIP us\tP10\tP90\tRATIO\tQUARTILES\tPROGRAMS ns\tRATIO\tQUARTILES")
+		fmt.Fprintln(t, "\nDATAPATH\tATTACHED\tPROTOCOL\tROUND TRIP us\tP10\tP90\tRATIO\tQUARTILES\tTO\tPROGRAMS ns\tRATIO\tQUARTILES")
 		for _, l := range r.Latency {
-			fmt.Fprintf(t, "%s\t%s\t%s\t%.2f\t%.2f\t%.2f\t%s\t%s\n", l.Datapath, r.datapath(l.Datapath).Attach, l.Protocol,
-				l.NS.Median/1e3, l.NS.P10/1e3, l.NS.P90/1e3, ratio(l.Ratio), l.Programs.columns())
+			fmt.Fprintf(t, "%s\t%s\t%s\t%.2f\t%.2f\t%.2f\t%s\t%s\t%s\n", l.Datapath, r.datapath(l.Datapath).Attach, l.Protocol,
+				l.NS.Median/1e3, l.NS.P10/1e3, l.NS.P90/1e3, ratio(l.Ratio), l.RatioTo, l.Programs.columns())
 		}
 	}
 	if len(r.Visits) > 0 {
