@@ -6,7 +6,6 @@ import (
 	"net/netip"
 	"testing"
 
-	"github.com/caracal-net/caracal/commit"
 	"github.com/caracal-net/caracal/loader"
 	"github.com/caracal-net/caracal/maps"
 	"github.com/caracal-net/caracal/policy"
@@ -85,25 +84,17 @@ func TestPolicyDoesNotFit(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			b := newBench(t, cfg)
 			ends := b.v4pair()
-			c := policy.NewCompiler(policy.Options{Local: func(id string) bool { return true }})
+			e := b.enforce(b.b)
 			set := func(rules ...policy.Rule) error {
 				t.Helper()
-				err := c.SetModel(&policy.Model{
-					Endpoints: map[string]*policy.Endpoint{"b": {ID: "b", Addresses: b.b.commit.Addrs}},
+				d, err := e.compile(&policy.Model{
+					Endpoints: map[string]*policy.Endpoint{"b": endpointOf(b.b)},
 					Tiers:     []policy.Tier{{Name: "default", Default: policy.Deny, Policies: []*policy.Policy{{ID: "p", Ingress: &policy.Rules{Rules: rules}}}}},
 				})
 				if err != nil {
 					t.Fatal(err)
 				}
-				d, err := c.Update()
-				if err != nil {
-					t.Fatal(err)
-				}
-				err = commit.SetPolicy(b.maps, d, func(string) (uint32, bool) { return uint32(b.b.commit.IfIndex), true })
-				if err == nil {
-					c.Accept()
-				}
-				return err
+				return e.put(d)
 			}
 			from := func(n string) policy.Rule {
 				return policy.Rule{Action: policy.Allow, Source: policy.Peer{Nets: []netip.Prefix{netip.MustParsePrefix(n)}}}

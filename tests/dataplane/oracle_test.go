@@ -15,7 +15,6 @@ import (
 
 	"github.com/caracal-net/caracal/commit"
 	"github.com/caracal-net/caracal/loader"
-	"github.com/caracal-net/caracal/maps"
 	"github.com/caracal-net/caracal/policy"
 	"github.com/caracal-net/caracal/policy/policytest"
 )
@@ -38,8 +37,8 @@ func TestOracle(t *testing.T) {
 // oracle is a node that has one model after the other.
 type oracle struct {
 	*bench
-	spare    []*pod // interfaces for endpoints
-	compiler *policy.Compiler
+	*enforcer
+	spare []*pod // interfaces for endpoints
 
 	judged, denied, refused int
 	serial                  uint16
@@ -52,7 +51,8 @@ func isLocal(id string) bool {
 }
 
 func newOracle(t *testing.T) *oracle {
-	o := &oracle{bench: newBench(t, loader.Config{MaxFlows: 4096}), compiler: policy.NewCompiler(policy.Options{Local: isLocal})}
+	b := newBench(t, loader.Config{MaxFlows: 4096})
+	o := &oracle{bench: b, enforcer: newEnforcer(t, b.maps, isLocal)}
 	for _, p := range []*pod{o.a, o.b} { // whose addresses endpoints may have
 		if err := commit.RemovePod(o.maps, p.commit); err != nil {
 			t.Fatal(err)
@@ -80,40 +80,23 @@ func newOracle(t *testing.T) *oracle {
 		})
 		o.spare = append(o.spare, p)
 	}
-	// The compiler numbers what it makes by itself.
-	rows, err := o.maps.Policy()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, r := range rows {
-		if err := o.maps.RemovePolicy([]maps.PolicyKey{r.PolicyKey}); err != nil {
-			t.Fatal(err)
-		}
-	}
 	return o
 }
 
 // set puts a model in force. False: the compiler refuses it.
 func (o *oracle) set(m *policy.Model, pods map[string]*pod) bool {
 	o.t.Helper()
-	if err := o.compiler.SetModel(m); err != nil {
-		o.t.Fatal(err)
-	}
-	d, err := o.compiler.Update()
+	d, err := o.compile(m)
 	if err != nil {
 		return false
 	}
-	err = commit.SetPolicy(o.maps, d, func(id string) (uint32, bool) {
-		p, ok := pods[id]
-		if !ok {
-			return 0, false
-		}
-		return uint32(p.commit.IfIndex), true
-	})
-	if err != nil {
+	clear(o.ifindex)
+	for id, p := range pods {
+		o.ifindex[id] = uint32(p.commit.IfIndex)
+	}
+	if err := o.put(d); err != nil {
 		o.t.Fatal(err)
 	}
-	o.compiler.Accept()
 	return true
 }
 
