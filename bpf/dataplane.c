@@ -420,8 +420,8 @@ static long purge_flow(void *map, struct flow_key *k, struct flow *f, struct pur
 
 static long purge_open(void *map, struct flow_key *k, struct flow *f, struct purge_args *a)
 {
-	if (purged(a, k, f) && !bpf_map_delete_elem(&caracal_opens, k))
-		a->removed++;
+	if (purged(a, k, f))
+		a->removed += forget_open(k);
 	return 0;
 }
 
@@ -437,6 +437,57 @@ int purge(struct purge_args *args)
 		bpf_for_each_map_elem(&caracal_flows, purge_flow, &a, 0);
 	bpf_for_each_map_elem(&caracal_opens, purge_open, &a, 0);
 	args->removed = a.removed;
+	return 0;
+}
+
+// What sweep looks at.
+struct sweep_args {
+	__u32 first;   // place of caracal_slots
+	__u32 places;  // how many from there on; there are no more than max_flows in all
+	__u32 opens;   // 1: caracal_opens as well
+	__u32 opening; // out, with opens: flows in caracal_opens that stay
+	__u64 removed; // out: how many went from caracal_flows
+	__u64 now;     // set by sweep
+};
+
+static long sweep_place(__u32 i, struct sweep_args *a)
+{
+	__u32 slot = a->first + i;
+	struct flow_key *place = bpf_map_lookup_elem(&caracal_slots, &slot), k;
+	struct flow *f;
+
+	if (!place)
+		return 1;
+	k = *place; // not in work(): this runs with interrupts on
+	f = bpf_map_lookup_elem(&caracal_flows, &k);
+	if (f && expired(&k, f, a->now))
+		a->removed += remove_flow(&k, f);
+	return 0;
+}
+
+static long sweep_open(void *map, struct flow_key *k, struct flow *f, struct sweep_args *a)
+{
+	if (!expired(k, f, a->now) || !forget_open(k))
+		a->opening++;
+	return 0;
+}
+
+// sweep removes expired flows, so that the table tells who is there. It looks at so much of it as it is told, takes no lock that a
+// packet waits for, and what a flow was charged is given back once, whoever else removes it at that moment.
+SEC("syscall")
+int sweep(struct sweep_args *args)
+{
+	struct sweep_args a = *args;
+	struct churn *c = churn();
+
+	a.now = now();
+	bpf_loop(a.places, sweep_place, &a, 0);
+	if (a.opens)
+		bpf_for_each_map_elem(&caracal_opens, sweep_open, &a, 0);
+	if (c)
+		__sync_fetch_and_add(&c->swept, a.removed);
+	args->removed = a.removed;
+	args->opening = a.opening;
 	return 0;
 }
 

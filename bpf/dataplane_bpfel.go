@@ -13,6 +13,15 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type DataplaneChurn struct {
+	_         structs.HostLayout
+	Opened    uint64
+	Left      uint64
+	Confirmed uint64
+	Reclaimed uint64
+	Swept     uint64
+}
+
 type DataplaneClockArgs struct {
 	_   structs.HostLayout
 	Now uint64
@@ -273,6 +282,16 @@ type DataplaneState struct {
 	Build    [8]uint8
 }
 
+type DataplaneSweepArgs struct {
+	_       structs.HostLayout
+	First   uint32
+	Places  uint32
+	Opens   uint32
+	Opening uint32
+	Removed uint64
+	Now     uint64
+}
+
 type DataplaneTold struct {
 	_      structs.HostLayout
 	Since  uint64
@@ -289,18 +308,16 @@ type DataplaneUplink struct {
 }
 
 type DataplaneWork struct {
-	_          structs.HostLayout
-	Host       DataplaneNat
-	Pod        DataplaneNat
-	Inner      DataplaneFlowKey
-	Answer     DataplaneFlowKey
-	Held       DataplaneFlowKey
-	Gone       DataplaneFlowKey
-	GoneAnswer DataplaneFlowKey
-	Taken      DataplaneFlowKey
-	Flow       DataplaneFlow
-	Event      DataplaneEvent
-	Judged     struct {
+	_      structs.HostLayout
+	Host   DataplaneNat
+	Pod    DataplaneNat
+	Inner  DataplaneFlowKey
+	Answer DataplaneFlowKey
+	Held   DataplaneFlowKey
+	Taken  DataplaneFlowKey
+	Flow   DataplaneFlow
+	Event  DataplaneEvent
+	Judged struct {
 		_           structs.HostLayout
 		RuleEgress  uint32
 		RuleIngress uint32
@@ -323,6 +340,7 @@ type DataplaneWork struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	DataplaneMapCaracalChurn   = "caracal_churn"
 	DataplaneMapCaracalCounts  = "caracal_counts"
 	DataplaneMapCaracalEvents  = "caracal_events"
 	DataplaneMapCaracalFlows   = "caracal_flows"
@@ -346,6 +364,7 @@ const (
 	DataplaneProgFromPod       = "from_pod"
 	DataplaneProgPlaceholder   = "placeholder"
 	DataplaneProgPurge         = "purge"
+	DataplaneProgSweep         = "sweep"
 	DataplaneProgToNet         = "to_net"
 	DataplaneProgToPod         = "to_pod"
 	DataplaneVarEventRate      = "event_rate"
@@ -407,6 +426,7 @@ type DataplaneProgramSpecs struct {
 	FromPod     *ebpf.ProgramSpec `ebpf:"from_pod"`
 	Placeholder *ebpf.ProgramSpec `ebpf:"placeholder"`
 	Purge       *ebpf.ProgramSpec `ebpf:"purge"`
+	Sweep       *ebpf.ProgramSpec `ebpf:"sweep"`
 	ToNet       *ebpf.ProgramSpec `ebpf:"to_net"`
 	ToPod       *ebpf.ProgramSpec `ebpf:"to_pod"`
 }
@@ -415,6 +435,7 @@ type DataplaneProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type DataplaneMapSpecs struct {
+	CaracalChurn   *ebpf.MapSpec `ebpf:"caracal_churn"`
 	CaracalCounts  *ebpf.MapSpec `ebpf:"caracal_counts"`
 	CaracalEvents  *ebpf.MapSpec `ebpf:"caracal_events"`
 	CaracalFlows   *ebpf.MapSpec `ebpf:"caracal_flows"`
@@ -471,6 +492,7 @@ func (o *DataplaneObjects) Close() error {
 //
 // It can be passed to LoadDataplaneObjects or ebpf.CollectionSpec.LoadAndAssign.
 type DataplaneMaps struct {
+	CaracalChurn   *ebpf.Map `ebpf:"caracal_churn"`
 	CaracalCounts  *ebpf.Map `ebpf:"caracal_counts"`
 	CaracalEvents  *ebpf.Map `ebpf:"caracal_events"`
 	CaracalFlows   *ebpf.Map `ebpf:"caracal_flows"`
@@ -493,6 +515,7 @@ type DataplaneMaps struct {
 
 func (m *DataplaneMaps) Close() error {
 	return _DataplaneClose(
+		m.CaracalChurn,
 		m.CaracalCounts,
 		m.CaracalEvents,
 		m.CaracalFlows,
@@ -539,6 +562,7 @@ type DataplanePrograms struct {
 	FromPod     *ebpf.Program `ebpf:"from_pod"`
 	Placeholder *ebpf.Program `ebpf:"placeholder"`
 	Purge       *ebpf.Program `ebpf:"purge"`
+	Sweep       *ebpf.Program `ebpf:"sweep"`
 	ToNet       *ebpf.Program `ebpf:"to_net"`
 	ToPod       *ebpf.Program `ebpf:"to_pod"`
 }
@@ -550,6 +574,7 @@ func (p *DataplanePrograms) Close() error {
 		p.FromPod,
 		p.Placeholder,
 		p.Purge,
+		p.Sweep,
 		p.ToNet,
 		p.ToPod,
 	)

@@ -59,6 +59,18 @@ static __always_inline struct flow *find_flow(const struct flow_key *k)
 	return f ? f : bpf_map_lookup_elem(&caracal_flows, k); // confirmed between the two looks
 }
 
+// forget_open takes an entry out of caracal_opens, if it is there.
+static __always_inline long forget_open(const struct flow_key *k)
+{
+	struct churn *c = churn();
+
+	if (bpf_map_delete_elem(&caracal_opens, k))
+		return 0;
+	if (c)
+		__sync_fetch_and_add(&c->left, 1);
+	return 1;
+}
+
 // by_stack tells whether packets first seen in this way came out of the host's stack, into which they are answered.
 static __always_inline bool by_stack(enum flow_entry entered)
 {
@@ -103,9 +115,10 @@ static __always_inline struct flow *taker(struct work *w, __u32 slot)
 __noinline long take_slot(__u64 at)
 {
 	struct state *s = node_state();
+	struct churn *c = churn();
 	struct work *w = work();
 
-	if (!s || !w)
+	if (!s || !c || !w)
 		return -1;
 	for (int i = 0; i < SLOT_TRIES; i++) {
 		__u32 slot = __sync_fetch_and_add(&s->hand, 1) % s->max_flows;
@@ -113,8 +126,10 @@ __noinline long take_slot(__u64 at)
 
 		if (!f || f->slot != slot)
 			return slot;
-		if (expired(&w->taken, f, at) && remove_flow(&w->taken, f))
+		if (expired(&w->taken, f, at) && remove_flow(&w->taken, f)) {
+			__sync_fetch_and_add(&c->reclaimed, 1);
 			return slot;
+		}
 	}
 	return -1;
 }
@@ -124,15 +139,16 @@ __noinline long take_slot(__u64 at)
 __noinline int reclaim(__u64 at)
 {
 	struct state *s = node_state();
+	struct churn *c = churn();
 	struct work *w = work();
 
-	if (!s || !w)
+	if (!s || !c || !w)
 		return 0;
 	for (int i = 0; i < SLOT_TRIES; i++) {
 		struct flow *f = taker(w, bpf_get_prandom_u32() % s->max_flows);
 
-		if (f && expired(&w->taken, f, at))
-			remove_flow(&w->taken, f);
+		if (f && expired(&w->taken, f, at) && remove_flow(&w->taken, f))
+			__sync_fetch_and_add(&c->reclaimed, 1);
 	}
 	return 0;
 }
@@ -160,13 +176,14 @@ __noinline int charge(__u32 pod, __u8 entered, __u64 at)
 static __noinline int confirm(struct flow_key *k, struct flow *f, __u64 at)
 {
 	struct state *s = node_state();
+	struct churn *c = churn();
 	struct work *w = work();
 	struct flow_key *place;
 	struct quota *q;
 	__u32 index, charged;
 	long slot, err;
 
-	if (!s || !w)
+	if (!s || !c || !w)
 		return DROP_NO_STATE;
 	slot = take_slot(at);
 	if (slot < 0)
@@ -192,8 +209,10 @@ static __noinline int confirm(struct flow_key *k, struct flow *f, __u64 at)
 		uncharge(charged);
 	if (err && err != -17 /* EEXIST: the other side's packet did it */)
 		return DROP_FLOWS_FULL;
-	if (!err) // from here on the flow itself counts them
+	if (!err) { // from here on the flow itself counts them
 		tally_flow(&w->flow, flow_rules(&w->flow), true);
+		__sync_fetch_and_add(&c->confirmed, 1);
+	}
 	if (!err && bpf_map_lookup_elem(&caracal_opens, k) != f) {
 		// Displaced while it was copied, so that the copy may be of another. The next packet opens it again.
 		f = bpf_map_lookup_elem(&caracal_flows, k);
@@ -204,7 +223,7 @@ static __noinline int confirm(struct flow_key *k, struct flow *f, __u64 at)
 	f = bpf_map_lookup_elem(&caracal_flows, k);
 	if (f && f->masqueraded)
 		keep_nat(k);
-	bpf_map_delete_elem(&caracal_opens, k);
+	forget_open(k);
 	return VERDICT_NEXT;
 }
 

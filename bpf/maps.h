@@ -236,6 +236,23 @@ struct {
 	__type(value, struct flow);
 } caracal_opens SEC(".maps");
 
+struct churn {
+	__u64 opened;    // entries made in caracal_opens
+	__u64 left;      // entries taken out of it: confirmed, over or expired; what else is gone was displaced
+	__u64 confirmed; // flows that entered caracal_flows
+	__u64 reclaimed; // expired flows removed from it when another needed room
+	__u64 swept;     // expired flows removed from it by the agent
+};
+
+// caracal_churn: one entry, of each CPU: how many flows came and went since the map was made.
+// Writer: all hooks, sweep and purge. Reader: caracald (metrics).
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct churn);
+} caracal_churn SEC(".maps");
+
 // caracal_slots: a ring with one place for each flow the table may hold. Inserting walks it and reclaims the
 // expired flows it meets, so expiry needs no agent. A place is free when no flow of that key claims it.
 // Writer: all hooks. Reader: all hooks.
@@ -352,10 +369,9 @@ struct judgement {
 struct work {
 	struct nat host, pod; // the entries of a masqueraded flow
 	struct flow_key inner, answer,
-	    held; // its tuples, of the pod and outside; the inner one of who has the port it wants
-	struct flow_key gone, gone_answer; // likewise, of a flow that is removed
-	struct flow_key taken;             // what held a place of caracal_slots
-	struct flow flow;                  // the flow that is opened, or confirmed
+	    held;              // its tuples, of the pod and outside; the inner one of who has the port it wants
+	struct flow_key taken; // what held a place of caracal_slots
+	struct flow flow;      // the flow that is opened, or confirmed
 	struct event event;
 	struct judgement judged; // of this packet's flow, once judge() was asked
 	struct judgement first;  // of a packet that may open it from either side: as if its sender had

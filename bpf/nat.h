@@ -28,18 +28,18 @@ static __always_inline struct nat *find_nat(const struct flow_key *k)
 // functions, so that the verifier walks them once; Linux 6.1 takes no argument of such a one for a key.
 __noinline int forget_nat(const struct flow_key *of)
 {
-	struct work *w = work();
+	struct flow_key k, other = {};
 	struct nat *n;
 
-	if (!of || !w)
+	if (!of)
 		return 0;
-	w->gone = *of;
-	n = bpf_map_lookup_elem(&caracal_nat, &w->gone);
+	k = *of; // not in work(): user space runs programs that come here with interrupts on
+	n = bpf_map_lookup_elem(&caracal_nat, &k);
 	if (!n)
 		return 0;
-	swapped(&w->gone_answer, &w->gone, n);
-	bpf_map_delete_elem(&caracal_nat, &w->gone_answer);
-	bpf_map_delete_elem(&caracal_nat, &w->gone);
+	swapped(&other, &k, n);
+	bpf_map_delete_elem(&caracal_nat, &other);
+	bpf_map_delete_elem(&caracal_nat, &k);
 	return 0;
 }
 

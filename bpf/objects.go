@@ -24,6 +24,7 @@ func Object() []byte { return _DataplaneBytes }
 // Maps are the maps of loaded objects by their kernel names, caracal_<noun>.
 func Maps(o *DataplaneObjects) map[string]*ebpf.Map {
 	return map[string]*ebpf.Map{
+		DataplaneMapCaracalChurn:   o.CaracalChurn,
 		DataplaneMapCaracalCounts:  o.CaracalCounts,
 		DataplaneMapCaracalEvents:  o.CaracalEvents,
 		DataplaneMapCaracalFlows:   o.CaracalFlows,
@@ -53,6 +54,7 @@ func Programs(o *DataplaneObjects) map[string]*ebpf.Program {
 		DataplaneProgFromNet:     o.FromNet,
 		DataplaneProgToNet:       o.ToNet,
 		DataplaneProgPurge:       o.Purge,
+		DataplaneProgSweep:       o.Sweep,
 		DataplaneProgClock:       o.Clock,
 		DataplaneProgPlaceholder: o.Placeholder,
 	}

@@ -45,6 +45,15 @@ static __always_inline struct work *work(void)
 	return bpf_map_lookup_elem(&caracal_work, &zero);
 }
 
+// churn is this CPU's entry of caracal_churn. User space runs programs that come here with interrupts on, so additions to it are
+// atomic.
+static __always_inline struct churn *churn(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&caracal_churn, &zero);
+}
+
 // now is the time in ns since some moment before the boot, as fine as a tick. It is read without a call, unlike the
 // kernel's clocks: that is noticeable in the time a packet takes.
 static __always_inline __u64 now(void)

@@ -84,10 +84,12 @@ static __always_inline void through(struct packet *p, const struct flow *f)
 static __noinline void insert_flow(struct __sk_buff *ctx, struct packet *p, const struct origin *o, __u64 at,
 				   __u8 opener)
 {
+	struct churn *c = churn();
 	struct work *w = work();
 	struct flow *f, *n;
+	long err;
 
-	if (!w)
+	if (!c || !w)
 		return;
 	n = &w->flow;
 	__builtin_memset(n, 0, sizeof(*n));
@@ -107,8 +109,10 @@ static __noinline void insert_flow(struct __sk_buff *ctx, struct packet *p, cons
 	tally_packet(ctx, flow_rules(n));
 	if (w->judged.log)
 		tell(ctx, p, EVENT_LOG, VERDICT_NEXT);
-	if (bpf_map_update_elem(&caracal_opens, &p->key, n, BPF_NOEXIST) !=
-	    -17 /* EEXIST: another CPU opened it meanwhile */)
+	err = bpf_map_update_elem(&caracal_opens, &p->key, n, BPF_NOEXIST);
+	if (!err)
+		__sync_fetch_and_add(&c->opened, 1);
+	if (err != -17 /* EEXIST: another CPU opened it meanwhile */)
 		return; // without room for the entry the next packet opens it again
 	f = bpf_map_lookup_elem(&caracal_opens, &p->key);
 	if (f) {
@@ -167,7 +171,7 @@ static __noinline int track(struct __sk_buff *ctx, struct packet *p, struct orig
 		if (confirmed)
 			remove_flow(&p->key, f);
 		else
-			bpf_map_delete_elem(&caracal_opens, &p->key);
+			forget_open(&p->key);
 		f = NULL;
 	}
 	if (!f)

@@ -18,7 +18,7 @@ import (
 // added are the maps that nodes of the same schema version may lack.
 var added = []string{
 	bpf.DataplaneMapCaracalPeers, bpf.DataplaneMapCaracalPolicy, bpf.DataplaneMapCaracalRules,
-	bpf.DataplaneMapCaracalEvents, bpf.DataplaneMapCaracalTold,
+	bpf.DataplaneMapCaracalEvents, bpf.DataplaneMapCaracalTold, bpf.DataplaneMapCaracalChurn,
 }
 
 // Upgrade replaces the programs of a running node by those in this binary, on its existing maps, so that flows go on:

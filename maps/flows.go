@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -194,6 +195,79 @@ func (m *Maps) PurgeFlows(addrs []netip.Addr) (int, error) {
 		total += int(out.Removed)
 	}
 	return total, nil
+}
+
+// SweepFlows removes expired flows from so many places of the table, the first of which is given, and returns how many went.
+// There are State.MaxFlows places; one takes some hundred nanoseconds. Nobody waits for it, so callers need not hold the node
+// lock. ErrNotLoaded when the programs that are loaded are of a build that can't.
+func (m *Maps) SweepFlows(first, places uint32) (removed int, err error) {
+	out, err := m.sweep(bpf.DataplaneSweepArgs{First: first, Places: places})
+	return int(out.Removed), err
+}
+
+// SweepOpens removes expired flows from caracal_opens, and returns how many stay.
+func (m *Maps) SweepOpens() (opening int, err error) {
+	out, err := m.sweep(bpf.DataplaneSweepArgs{Opens: 1})
+	return int(out.Opening), err
+}
+
+func (m *Maps) sweep(args bpf.DataplaneSweepArgs) (bpf.DataplaneSweepArgs, error) {
+	p, err := m.program(bpf.DataplaneProgSweep)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = fmt.Errorf("%w: the loaded programs are of an earlier build, which caracalctl upgrade replaces", ErrNotLoaded)
+	}
+	if err != nil {
+		return args, fmt.Errorf("sweep flows: %w", err)
+	}
+	defer p.Close()
+	out := args
+	if _, err := p.Run(&ebpf.RunOptions{Context: args, ContextOut: &out}); err != nil {
+		return args, fmt.Errorf("sweep flows: %w", err)
+	}
+	return out, nil
+}
+
+// Churn is how many flows came and went since the node's programs were loaded.
+type Churn struct {
+	Opened    uint64 `json:"opened"`    // by a first packet: entries of caracal_opens
+	Displaced uint64 `json:"displaced"` // of these, by newer ones, before both sides were heard; as exact as the moment allows
+	Confirmed uint64 `json:"confirmed"` // both sides were heard
+	Reclaimed uint64 `json:"reclaimed"` // expired, and removed when another needed the room
+	Swept     uint64 `json:"swept"`     // expired, and removed by SweepFlows
+	Opening   int    `json:"opening"`   // entries of caracal_opens now
+	MaxOpens  int    `json:"maxOpens"`  // how many there may be
+}
+
+// Churn sweeps caracal_opens and adds up what all CPUs have counted.
+func (m *Maps) Churn() (Churn, error) {
+	pinned, err := m.pinned(bpf.DataplaneMapCaracalChurn)
+	if err != nil {
+		return Churn{}, err
+	}
+	defer pinned.Close()
+	opens, err := m.pinned(bpf.DataplaneMapCaracalOpens)
+	if err != nil {
+		return Churn{}, err
+	}
+	defer opens.Close()
+	c := Churn{MaxOpens: int(opens.MaxEntries())}
+	if c.Opening, err = m.SweepOpens(); err != nil {
+		return Churn{}, err
+	}
+	var perCPU []bpf.DataplaneChurn
+	if err := pinned.Lookup(uint32(0), &perCPU); err != nil {
+		return Churn{}, fmt.Errorf("read churn: %w", err)
+	}
+	displaced := -c.Opening // what opened, and neither left nor is there
+	for _, n := range perCPU {
+		c.Opened += n.Opened
+		c.Confirmed += n.Confirmed
+		c.Reclaimed += n.Reclaimed
+		c.Swept += n.Swept
+		displaced += int(n.Opened) - int(n.Left)
+	}
+	c.Displaced = uint64(max(0, displaced))
+	return c, nil
 }
 
 func (m *Maps) program(name string) (*ebpf.Program, error) {

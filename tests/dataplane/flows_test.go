@@ -266,6 +266,10 @@ func TestSYNFlood(t *testing.T) {
 	if s := b.state(); s.Flows != 1 {
 		t.Errorf("%d confirmed flows, want 1", s.Flows)
 	}
+	c := b.churn()
+	if c.Opened != 50_001 || c.Confirmed != 1 || c.Opening > c.MaxOpens || c.Opening < c.MaxOpens/2 || c.Displaced != uint64(50_000-c.Opening) {
+		t.Errorf("churn %+v after 50,000 SYNs and a connection", c)
+	}
 	b.handshake(at(x.Addr(), 60_001), y)
 }
 
@@ -472,6 +476,14 @@ func TestRaces(t *testing.T) {
 				errs <- err
 				return
 			}
+			if _, err := b.maps.SweepFlows(0, 64); err != nil {
+				errs <- err
+				return
+			}
+			if _, err := b.maps.SweepOpens(); err != nil {
+				errs <- err
+				return
+			}
 			if _, err := b.maps.RaiseEpoch(); err != nil {
 				errs <- err
 				return
@@ -503,6 +515,9 @@ func TestRaces(t *testing.T) {
 	}
 	if s := b.state(); s.Flows != confirmed || held != confirmed {
 		t.Errorf("%d confirmed flows in the table, %d in the state, %d in the quotas", confirmed, s.Flows, held)
+	}
+	if c := b.churn(); c.Opened == 0 || c.Displaced != 0 || c.Swept == 0 {
+		t.Errorf("churn %+v: some were swept, and there was room for all that opened", c)
 	}
 	for _, p := range pods {
 		if _, err := b.maps.PurgeFlows(p.commit.Addrs); err != nil {
