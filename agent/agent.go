@@ -71,7 +71,8 @@ type Agent struct {
 	found     [2]netip.Prefix            // this node's addresses for its peers, IPv4 and IPv6, where none are configured
 	missing   time.Time                  // since when one of them is not there
 
-	wake chan struct{}
+	wake    chan struct{}
+	journal *journal
 
 	mu          sync.Mutex
 	problems    map[string]Problem // by what they are about
@@ -93,6 +94,7 @@ type Problem struct {
 func Run(ctx context.Context, c Config, s store.Store) error {
 	a := &Agent{
 		Config: c, store: s, uplinks: make(map[string]int), wake: make(chan struct{}, 1), problems: make(map[string]Problem),
+		journal: newJournal(maxDrops),
 	}
 	if a.Log == nil {
 		a.Log = slog.New(slog.DiscardHandler)
@@ -117,6 +119,7 @@ func Run(ctx context.Context, c Config, s store.Store) error {
 	wg.Go(func() { a.cluster.follow(ctx) })
 	wg.Go(func() { a.watchLocal(ctx) })
 	wg.Go(func() { a.watchLinks(ctx) })
+	wg.Go(func() { a.watchEvents(ctx) })
 	a.loop(ctx)
 	if a.speaker != nil {
 		return a.speaker.Close(true)

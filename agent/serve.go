@@ -75,6 +75,7 @@ func (a *Agent) serve(ctx context.Context) (stop func(), err error) {
 			_ = json.NewEncoder(w).Encode(a.status()) // who asks may be gone
 		})
 		a.policies.handle(mux)
+		mux.HandleFunc("GET /v1/drops", a.serveDrops)
 		start(l, mux)
 	}
 	for _, at := range []struct {
@@ -150,6 +151,9 @@ func (a *Agent) metrics() http.Handler {
 		gauge := func(name, help string, value int) {
 			fmt.Fprintf(w, "# HELP %s %s\n# TYPE %s gauge\n%s %d\n", name, help, name, name, value)
 		}
+		counter := func(name, help string, value uint64) {
+			fmt.Fprintf(w, "# HELP %s %s\n# TYPE %s counter\n%s %d\n", name, help, name, name, value)
+		}
 		gauge("caracal_problems", "Things that are not as they should be.", len(s.Problems))
 		gauge("caracal_alarms", "Alarms of the last minutes.", len(s.Alarms))
 		gauge("caracal_blocks", "Blocks of this node.", len(s.Blocks))
@@ -175,6 +179,15 @@ func (a *Agent) metrics() http.Handler {
 		if state, err := a.maps.State(); err == nil {
 			gauge("caracal_flows", "Confirmed flows.", int(state.Flows))
 			gauge("caracal_flows_max", "Places for flows.", int(state.MaxFlows))
+		}
+		events, forgotten := a.journal.counts()
+		fmt.Fprint(w, "# HELP caracal_events_total Events that the programs told of, by kind.\n# TYPE caracal_events_total counter\n")
+		for _, kind := range slices.Sorted(maps.Keys(events)) {
+			fmt.Fprintf(w, "caracal_events_total{kind=%q} %d\n", kind, events[kind])
+		}
+		counter("caracal_drops_forgotten_total", "Dropped packets that /v1/drops no longer lists.", forgotten)
+		if lost, err := a.maps.EventsLost(); err == nil {
+			counter("caracal_events_lost_total", "Events that the programs never told: too many in a second, or nobody read.", lost)
 		}
 		counts, err := a.maps.Counts()
 		if err != nil {

@@ -18,7 +18,7 @@ import (
 // Event is a packet that the programs told of.
 type Event struct {
 	Time        time.Time      `json:"time"`
-	Kind        string         `json:"kind"` // drop; log: it opened a flow, and a rule that logs was met
+	Kind        string         `json:"kind"` // EventDrop, EventLog
 	Hook        string         `json:"hook"`
 	Verdict     string         `json:"verdict,omitempty"`  // of a drop, as in docs/maps.md
 	Protocol    string         `json:"protocol,omitempty"` // empty: it could not be parsed
@@ -34,7 +34,13 @@ type Event struct {
 	Log         bool           `json:"log,omitempty"` // a rule that logs was met
 }
 
-var eventKinds = []string{"none", "drop", "log"}
+// Kinds of events.
+const (
+	EventDrop = "drop"
+	EventLog  = "log" // it opened a flow, and a rule that logs was met
+)
+
+var eventKinds = []string{"none", EventDrop, EventLog}
 
 // Events reads caracal_events. One process does so at a time: who reads an event takes it away.
 type Events struct {
