@@ -196,6 +196,37 @@ func TestPolicy(t *testing.T) {
 	if got, err := m.Policy(); err != nil || !slices.Equal(got, want) {
 		t.Errorf("rows %+v (%v), want %+v", got, err, want)
 	}
+	for _, d := range []struct {
+		identity     uint32
+		protocol     uint8
+		port, source uint16
+		want         PolicyRow
+	}{
+		{0, 6, 8007, 0, PolicyRow{PolicyKey: PolicyKey{Policy: 1}, Action: PolicyAllow, Log: true, Rule: 3}},
+		{0, 6, 8008, 0, PolicyRow{PolicyKey: PolicyKey{Policy: 1}, Action: PolicyAllow, Rule: 2}},
+		{0, 17, 8007, 0, PolicyRow{PolicyKey: PolicyKey{Policy: 1}, Action: PolicyDeny, Rule: 1}},
+		{99, 17, 8007, 0, PolicyRow{PolicyKey: PolicyKey{Policy: 1}, Action: PolicyDeny, Rule: 1}},
+		{1 << 20, 17, 8007, 0, PolicyRow{PolicyKey: PolicyKey{Policy: 1, Identity: 1 << 20}, Action: PolicyAllow}},
+		{0, 6, 8000, 1, PolicyRow{}},
+	} {
+		got, err := m.Decide(1, d.identity, d.protocol, d.port, d.source)
+		if got != d.want || errors.Is(err, ErrNotFound) != (d.want == PolicyRow{}) {
+			t.Errorf("%+v: %+v (%v)", d, got, err)
+		}
+	}
+	if _, err := m.Decide(3, 0, 6, 80, 0); !errors.Is(err, ErrNotFound) {
+		t.Errorf("a policy id without rows decides: %v", err)
+	}
+	source := PolicyKey{1 << 31, IdentitySourcePorts, BitsPort, 6, 4000}
+	if err := m.PutPolicy([]PolicyRow{{PolicyKey: source, Action: PolicyAllow, Rule: 5}}); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := m.Decide(1, 0, 6, 8000, 4000); err != nil || got.Action != PolicyAllow || got.Rule != 5 {
+		t.Errorf("by source port: %+v (%v)", got, err)
+	}
+	if err := m.RemovePolicy([]PolicyKey{source}); err != nil {
+		t.Fatal(err)
+	}
 	for _, bits := range []uint8{0, 63, 65, 79, 97} {
 		bad := PolicyKey{Policy: 1, Bits: bits}
 		if err := m.PutPolicy([]PolicyRow{want[0], {PolicyKey: bad}}); err == nil {

@@ -3,8 +3,11 @@ package maps
 import (
 	"cmp"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"slices"
+
+	"github.com/cilium/ebpf"
 
 	"github.com/caracal-net/caracal/bpf"
 )
@@ -147,12 +150,9 @@ func (m *Maps) Policy() ([]PolicyRow, error) {
 	defer pinned.Close()
 	var rows []PolicyRow
 	err = each(pinned, func(k *bpf.DataplanePolicyKey, v *bpf.DataplanePolicyRow) {
-		rows = append(rows, PolicyRow{
-			PolicyKey: PolicyKey{
-				Policy: be32(k.Policy), Identity: be32(k.Identity), Bits: uint8(k.Prefixlen), Protocol: k.Protocol, Port: port(k.Port),
-			},
-			Action: PolicyAction(v.Action), Log: v.Flags&policyLog != 0, SourcePorts: v.Flags&policySourcePorts != 0, Rule: v.Rule,
-		})
+		rows = append(rows, decodePolicyRow(PolicyKey{
+			Policy: be32(k.Policy), Identity: be32(k.Identity), Bits: uint8(k.Prefixlen), Protocol: k.Protocol, Port: port(k.Port),
+		}, v))
 	})
 	if err != nil {
 		return nil, fmt.Errorf("list policy: %w", err)
@@ -162,6 +162,44 @@ func (m *Maps) Policy() ([]PolicyRow, error) {
 			cmp.Compare(a.Port, b.Port), cmp.Compare(a.Bits, b.Bits))
 	})
 	return rows, nil
+}
+
+// Decide finds the row that decides about a flow, as the programs do: policy is the policy id of one end, identity that of the
+// other, port the responder's (ICMP: type<<8 | code) and source the opener's. Of the row's key only Policy and Identity are those
+// that it was found by. ErrNotFound when there is none: the programs drop then (drop_policy_unknown).
+func (m *Maps) Decide(policy, identity uint32, protocol uint8, port, source uint16) (PolicyRow, error) {
+	pinned, err := m.pinned(bpf.DataplaneMapCaracalPolicy)
+	if err != nil {
+		return PolicyRow{}, err
+	}
+	defer pinned.Close()
+	find := func(policy, identity uint32, port uint16) (row PolicyRow, err error) {
+		k := PolicyKey{Policy: policy, Identity: identity, Bits: BitsPort, Protocol: protocol, Port: port}
+		key, err := k.encode()
+		if err != nil {
+			return row, err
+		}
+		var value bpf.DataplanePolicyRow
+		if err := pinned.Lookup(&key, &value); err != nil {
+			if errors.Is(err, ebpf.ErrKeyNotExist) {
+				err = ErrNotFound
+			}
+			return row, fmt.Errorf("policy %d: %w", policy, err)
+		}
+		return decodePolicyRow(PolicyKey{Policy: policy, Identity: identity}, &value), nil
+	}
+	row, err := find(policy, identity, port)
+	if errors.Is(err, ErrNotFound) && identity != IdentityAnyone {
+		row, err = find(policy, IdentityAnyone, port)
+	}
+	if err == nil && row.SourcePorts {
+		row, err = find(row.Rule, IdentitySourcePorts, source)
+	}
+	return row, err
+}
+
+func decodePolicyRow(k PolicyKey, v *bpf.DataplanePolicyRow) PolicyRow {
+	return PolicyRow{PolicyKey: k, Action: PolicyAction(v.Action), Log: v.Flags&policyLog != 0, SourcePorts: v.Flags&policySourcePorts != 0, Rule: v.Rule}
 }
 
 // PolicyRoom is how many rows caracal_policy, and how many prefixes caracal_peers has room for.

@@ -164,8 +164,55 @@ func (o *oracle) verify(m *policy.Model, packets []policy.Packet) (int, error) {
 		if got := map[bool]policy.Action{true: policy.Deny, false: policy.Allow}[r.action == actionShot]; got != want {
 			return i, fmt.Errorf("%s: %s by %s, the evaluator says %s", p, got, hook, want)
 		}
+		f := m.Flow(p)
+		for _, end := range []struct {
+			verdict     *policy.Verdict
+			direction   policy.Direction
+			own, remote netip.Addr
+		}{{f.Egress, policy.Egress, p.Source, p.Destination}, {f.Ingress, policy.Ingress, p.Destination, p.Source}} {
+			if pod := pods[holder(m, end.own.String())]; pod != nil {
+				if err := o.explained(pod, end.direction, end.remote, p, *end.verdict); err != nil {
+					return i, fmt.Errorf("%s: %s: %w", p, end.direction, err)
+				}
+			}
+		}
 	}
 	return 0, nil
+}
+
+// explained holds what the maps say of one end, by whom it is decided too, against what the evaluator says.
+func (o *oracle) explained(at *pod, d policy.Direction, remote netip.Addr, p policy.Packet, want policy.Verdict) error {
+	own, err := o.maps.Pod(uint32(at.commit.IfIndex))
+	if err != nil {
+		return err
+	}
+	id := map[policy.Direction]uint32{policy.Egress: own.PolicyEgress, policy.Ingress: own.PolicyIngress}[d]
+	if id == 0 {
+		if want.Rule.Policy != "" {
+			return fmt.Errorf("no policy id, the evaluator says %s by %s", want.Action, want.Rule)
+		}
+		return nil
+	}
+	peer, err := o.maps.Peer(remote)
+	if err != nil {
+		return err
+	}
+	port := p.TargetPort
+	if p.Protocol == 1 || p.Protocol == 58 {
+		port = uint16(p.ICMPType)<<8 | uint16(p.ICMPCode)
+	}
+	row, err := o.maps.Decide(id, peer.Identity, p.Protocol, port, p.SourcePort)
+	if err != nil {
+		return err
+	}
+	rule, known := o.compiler.Tables().Rules[row.Rule]
+	if row.Rule == 0 { // no rule, not even the end of a list
+		rule, known = policy.RuleInfo{RuleRef: policy.RuleRef{Index: policy.NoRule}, Direction: d}, true
+	}
+	if !known || (row.Action == maps.PolicyAllow) != (want.Action == policy.Allow) || rule.RuleRef != want.Rule || rule.Direction != d {
+		return fmt.Errorf("row %+v, of %s %s; the evaluator says %s by %s", row, rule.Direction, rule.RuleRef, want.Action, want.Rule)
+	}
+	return nil
 }
 
 // want is what the evaluator says of a packet as far as this node judges it.
