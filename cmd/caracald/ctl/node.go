@@ -76,34 +76,41 @@ func (g *globals) nodeStatus(cmd *cobra.Command) error {
 	return nil
 }
 
-// agentStatus asks the agent on a socket.
+// agentStatus asks the agent on a socket what it says of itself.
 func agentStatus(ctx context.Context, socket string) (agent.Status, error) {
 	var s agent.Status
+	err := askAgent(ctx, socket, "/v1/status", &s)
+	return s, err
+}
+
+// askAgent asks the agent on a socket; answer becomes what it says.
+func askAgent(ctx context.Context, socket, path string, answer any) error {
 	client := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
 		},
 	}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://agent/v1/status", nil)
+	defer client.CloseIdleConnections()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://agent"+path, nil)
 	if err != nil {
-		return s, err
+		return err
 	}
 	r, err := client.Do(req)
 	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ECONNREFUSED) {
-		return s, fmt.Errorf("%s: %w; start it (systemctl start caracald), or say where it listens (--socket)", socket, errNoAgent)
+		return fmt.Errorf("%s: %w; start it (systemctl start caracald), or say where it listens (--socket)", socket, errNoAgent)
 	}
 	if err != nil {
-		return s, fmt.Errorf("ask the agent: %w", err)
+		return fmt.Errorf("ask the agent: %w", err)
 	}
 	defer r.Body.Close()
 	if r.StatusCode != http.StatusOK {
 		text, _ := io.ReadAll(io.LimitReader(r.Body, 512))
-		return s, fmt.Errorf("ask the agent: %s: %s", r.Status, text)
+		return fmt.Errorf("ask the agent: %s: %s", r.Status, text)
 	}
-	if err := json.NewDecoder(r.Body).Decode(&s); err != nil {
-		return s, fmt.Errorf("read the agent's answer: %w", err)
+	if err := json.NewDecoder(r.Body).Decode(answer); err != nil {
+		return fmt.Errorf("read the agent's answer: %w", err)
 	}
-	return s, nil
+	return nil
 }
 
 // writePeers writes the sessions of one family as calicoctl does (calicoctl/commands/node/status.go).
