@@ -175,7 +175,7 @@ func pods(s selector.Selector) string {
 		named, err := strconv.Unquote(value)
 		equal = equal && err == nil
 		switch {
-		case term == "all()" || equal && key == labelOrchestrator:
+		case term == "all()" || term == "has("+labelOrchestrator+")" || equal && key == labelOrchestrator: // every pod has one
 		case equal && in == "" && (key == labelNamespace || key == "pcns.kubernetes.io/metadata.name" || key == "pcns.projectcalico.org/name"):
 			in = " in namespace " + named
 		case equal && of == "" && key == labelServiceAccount:

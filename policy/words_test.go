@@ -33,6 +33,8 @@ func TestRuleInWords(t *testing.T) {
 		{Rule{Action: Deny, Source: Peer{NotSelector: to(sel(t, "has(x)")), NotNets: nets("10.1.0.0/16"), NotPorts: []Ports{{First: 1, Last: 2}}}}, "deny everything from ports except 1-2 of anything except pods with has(x) and 10.1.0.0/16"},
 		{Rule{Action: Deny, Source: Peer{Ports: []Ports{{First: 1, Last: 9}}, NotPorts: []Ports{{Name: "x"}}, Nets: nets("10.0.0.0/8"), Selector: all}}, "deny everything from port 1-9 except x of any pod in 10.0.0.0/8"},
 		{Rule{Action: Allow, Source: of(`pcns.kubernetes.io/metadata.name == "a" && projectcalico.org/serviceaccount == "b" && projectcalico.org/orchestrator == "k8s"`)}, "allow everything from pods of service account b in namespace a"},
+		{Rule{Action: Allow, Source: of(`has(projectcalico.org/orchestrator) && role == "web"`)}, `allow everything from pods with role == "web"`},
+		{Rule{Action: Allow, Source: of(`has(projectcalico.org/orchestrator)`)}, "allow everything from any pod"},
 		{Rule{Action: Allow, Source: of(`pcns.team == "red" && has(pcns.x) && pcsa.y in {"1", "2"} && has(pcsa.z) && app != "q"`)}, `allow everything from pods with app != "q" of service accounts with y in {"1", "2"} && has(z) in namespaces with team == "red" && has(x)`},
 		{Rule{Action: Allow, Source: of(`pcns.team == "red" || role == "x"`)}, `allow everything from pods with (pcns.team == "red" || role == "x")`},
 		{Rule{Action: Allow, Source: of(`(pcns.team == "red" || role == "x") && projectcalico.org/namespace == "n"`)}, `allow everything from pods with (pcns.team == "red" || role == "x") in namespace n`},
