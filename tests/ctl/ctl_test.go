@@ -75,6 +75,7 @@ func TestScripts(t *testing.T) {
 				Cmds: map[string]func(*testscript.TestScript, bool, []string){
 					"ctl": runCtl, "as": runAs, "input": input, "pod": podCommand, "ping": ping, "host": hostCommand,
 					"match": match, "parse": parse, "age": age, "hold": hold, "spoil": spoil, "settled": settled,
+					"enforce": enforcePolicy, "serve": serve, "connect": connect, "agent": agentCommand, "seen": seen,
 				},
 			})
 		})
@@ -133,7 +134,7 @@ func execute(ts *testscript.TestScript, want int, path string, args []string) {
 // input FILE: what the next ctl reads.
 func input(ts *testscript.TestScript, _ bool, args []string) { of(ts).stdin = ts.ReadFile(args[0]) }
 
-// pod add|del|crash|forget NAME [KEY=VALUE...]: through the plugin. crash removes its namespace without DEL.
+// pod add|del|crash|forget NAME [ip=A] [plain] [namespace=N] [label=KEY:VALUE]: through the plugin. crash removes its namespace without DEL.
 func podCommand(ts *testscript.TestScript, _ bool, args []string) {
 	h, ctx := of(ts).host, context.Background()
 	if args[0] == "add" {
@@ -143,6 +144,14 @@ func podCommand(ts *testscript.TestScript, _ bool, args []string) {
 			switch k {
 			case "ip":
 				o.IPs = append(o.IPs, netip.MustParseAddr(v))
+			case "namespace":
+				o.Namespace = v
+			case "label":
+				key, value, _ := strings.Cut(v, ":")
+				if o.Labels == nil {
+					o.Labels = make(map[string]string)
+				}
+				o.Labels[key] = value
 			case "plain":
 				o.NoKubernetes = true
 			}

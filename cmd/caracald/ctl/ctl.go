@@ -98,6 +98,7 @@ Reading commands change nothing. Exit code 0: done; 1: an error, or a check foun
 		newRoutesCommand(g),
 		newFlowsCommand(g),
 		newCountersCommand(g),
+		newWhyCommand(g),
 		newIPAMCommand(g),
 		newNodeCommand(g),
 		newBGPCommand(g),

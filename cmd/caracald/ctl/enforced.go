@@ -1,0 +1,194 @@
+package ctl
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/caracal-net/caracal/api"
+	"github.com/caracal-net/caracal/enforce"
+	"github.com/caracal-net/caracal/maps"
+	"github.com/caracal-net/caracal/node"
+	"github.com/caracal-net/caracal/policy"
+)
+
+// enforced is the policy that this node put in force last, as policy.db has it.
+type enforced struct {
+	node  string // this node's name in the store; "": no policy is known
+	model *policy.Model
+	local []pod // as node.db has them
+	weps  []api.Resource
+	rules map[uint32]policy.RuleInfo // by their ids in the maps
+}
+
+// enforced reads what policy this node was told last, agent or not. Where nothing is known there is the model of its pods alone.
+func (g *globals) enforced(cmd *cobra.Command) (*enforced, error) {
+	ctx := cmd.Context()
+	var local []node.Endpoint
+	err := g.view(ctx, func(tx *node.Tx) (err error) {
+		local, err = endpoints(tx)
+		return err
+	})
+	if err != nil && !errors.Is(err, node.ErrNoDatabase) {
+		return nil, err
+	}
+	e := &enforced{}
+	resources, numbers, err := enforce.Resources(ctx, g.stateDir)
+	if err == nil {
+		e.node, err = enforce.NodeName(ctx, g.stateDir)
+	}
+	if err != nil && !errors.Is(err, enforce.ErrNoDatabase) {
+		return nil, err
+	}
+	if e.model, err = enforce.Model(e.node, resources, local); err != nil {
+		warn(cmd, "%v", err) // the agent does not enforce it either
+	}
+	for _, l := range local {
+		e.local = append(e.local, recorded(l))
+	}
+	for _, r := range resources {
+		if _, is := r.Spec.(*api.WorkloadEndpoint); is {
+			e.weps = append(e.weps, r)
+		}
+	}
+	own := make(map[string]bool)
+	for _, l := range local {
+		own[enforce.EndpointID(e.node, l)] = true
+	}
+	tables, err := policy.Compile(e.model, policy.Options{Local: func(id string) bool { return own[id] }, Numbers: numbers})
+	if err != nil {
+		return nil, fmt.Errorf("compile the policy that this node was told: %w", err)
+	}
+	e.rules = tables.Rules
+	for id := range e.rules {
+		if id >= numbers.Rules.Next { // a number that this compiler gave, and nobody else
+			delete(e.rules, id)
+		}
+	}
+	return e, nil
+}
+
+// ruleName says which rule it is, and what it says.
+type ruleName struct {
+	ID        uint32 `json:"id,omitempty"` // in the maps; 0: none, or not known
+	Tier      string `json:"tier,omitempty"`
+	Policy    string `json:"policy,omitempty"` // "": no policy applies
+	Direction string `json:"direction,omitempty"`
+	Index     int    `json:"index"`           // in its direction's list from 0; -1: the end of a tier or of the profiles
+	Place     string `json:"place,omitempty"` // in the resource's spec: "ingress[0].from[1]"
+	Rule      string `json:"rule,omitempty"`  // in words
+}
+
+// nameOf names a rule. rule is nil where a list ends.
+func nameOf(id uint32, ref policy.RuleRef, d policy.Direction, rule *policy.Rule) ruleName {
+	n := ruleName{ID: id, Tier: ref.Tier, Policy: ref.Policy, Direction: d.String(), Index: ref.Index}
+	if rule != nil {
+		n.Place, n.Rule = rule.Place, rule.String()
+	}
+	return n
+}
+
+// String says where the rule stands.
+func (n ruleName) String() string {
+	switch {
+	case n.Policy == "" && n.ID != 0:
+		return fmt.Sprintf("rule id %d, which is not in force any more", n.ID)
+	case n.Place == "":
+		return policy.RuleRef{Tier: n.Tier, Policy: n.Policy, Index: n.Index}.String()
+	case n.Tier == "":
+		return fmt.Sprintf("%s, spec.%s", n.Policy, n.Place)
+	}
+	return fmt.Sprintf("%s, spec.%s (tier %s)", n.Policy, n.Place, n.Tier)
+}
+
+// rule names a rule by its id in the maps.
+func (e *enforced) rule(id uint32) ruleName {
+	info, known := e.rules[id]
+	if !known {
+		return ruleName{ID: id, Index: policy.NoRule}
+	}
+	return nameOf(id, info.RuleRef, info.Direction, info.Rule)
+}
+
+// ruleID is the id in the maps of a rule, 0 if it is not known.
+func (e *enforced) ruleID(ref policy.RuleRef, d policy.Direction) uint32 {
+	for id, info := range e.rules {
+		if info.RuleRef == ref && info.Direction == d {
+			return id
+		}
+	}
+	return 0
+}
+
+// party is who has addresses: a pod of this node or of another.
+type party struct {
+	Name      string       `json:"name,omitempty"` // namespace and name; "": nobody that this node knows
+	Node      string       `json:"node,omitempty"` // of the other node that it is on
+	Addresses []netip.Addr `json:"-"`
+}
+
+// parties finds the pods that an argument names, of this node and of others.
+func (e *enforced) parties(arg string) []party {
+	var found []party
+	for _, p := range e.local {
+		if arg != "" && p.matches(arg) {
+			found = append(found, party{Name: p.title(), Addresses: p.Addresses})
+		}
+	}
+	for _, r := range e.weps {
+		spec := r.Spec.(*api.WorkloadEndpoint)
+		if spec.Node == e.node {
+			continue
+		}
+		p := pod{PodName: spec.Pod, PodNamespace: r.Metadata.Namespace, ContainerID: spec.ContainerID, IfName: spec.Endpoint}
+		for _, n := range spec.IPNetworks {
+			p.Addresses = append(p.Addresses, n.Addr())
+		}
+		if p.matches(arg) || arg == r.Metadata.Name || arg == r.Metadata.FullName() {
+			found = append(found, party{Name: p.title(), Node: spec.Node, Addresses: p.Addresses})
+		}
+	}
+	return found
+}
+
+// party finds the one pod that an argument names, or the address that it is.
+func (e *enforced) party(arg string) (party, error) {
+	found := e.parties(arg)
+	if a, err := netip.ParseAddr(arg); err == nil {
+		if a.Zone() != "" {
+			return party{}, usagef("%q: an address of one link; policy is about addresses that are routed", arg)
+		}
+		p := party{}
+		if len(found) > 0 {
+			p = found[0]
+		}
+		p.Addresses = []netip.Addr{a.Unmap()}
+		return p, nil
+	}
+	switch len(found) {
+	case 0:
+		return party{}, fmt.Errorf("%q: no pod that this node knows has that name or container id, and it is no address; see caracalctl pods", arg)
+	case 1:
+		return found[0], nil
+	}
+	var names []string
+	for _, p := range found {
+		names = append(names, fmt.Sprintf("%s (%s)", p.Name, join(p.Addresses)))
+	}
+	slices.Sort(names)
+	return party{}, fmt.Errorf("%q may be any of %s; say which, by namespace/name or by address", arg, strings.Join(names, ", "))
+}
+
+// holding is the pod in caracal_pods that has an address, nil if none has.
+func holding(pods []maps.Pod, a netip.Addr) *maps.Pod {
+	for i := range pods {
+		if slices.Contains(pods[i].Addresses, a) {
+			return &pods[i]
+		}
+	}
+	return nil
+}

@@ -1,0 +1,605 @@
+package ctl
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/caracal-net/caracal/agent"
+	"github.com/caracal-net/caracal/api"
+	"github.com/caracal-net/caracal/maps"
+	"github.com/caracal-net/caracal/policy"
+)
+
+// Verdicts of why.
+const (
+	verdictAllowed = "allowed"
+	verdictDenied  = "denied"  // by policy
+	verdictDropped = "dropped" // for another reason
+)
+
+// explanation answers why.
+type explanation struct {
+	Verdict string `json:"verdict"`          // allowed, denied, dropped
+	Reason  string `json:"reason,omitempty"` // of a denial or a drop, as counters calls it
+	Why     string `json:"why"`              // in one sentence
+	Counted uint64 `json:"counted"`          // packets that this node has dropped for that reason, whoever's
+
+	Protocol    string    `json:"protocol"`
+	Source      whyEnd    `json:"source"`
+	Destination whyEnd    `json:"destination"`
+	ICMPType    *uint8    `json:"icmpType,omitempty"`
+	ICMPCode    *uint8    `json:"icmpCode,omitempty"`
+	Epoch       uint32    `json:"epoch"`           // in which this holds; 0: nothing is loaded
+	Egress      *oneEnd   `json:"egress"`          // of the source; null: it is no pod
+	Ingress     *oneEnd   `json:"ingress"`         // of the destination; likewise
+	Ports       []ports   `json:"ports,omitempty"` // that fare otherwise, where no port was asked for
+	Route       string    `json:"route,omitempty"` // that the packet takes here
+	Flows       []whyFlow `json:"flows"`           // that there are
+	Past        *past     `json:"past,omitempty"`  // null: no agent answers
+	Disagree    []string  `json:"disagree"`        // where the maps say something else than policy
+	Notes       []string  `json:"notes"`
+}
+
+// whyEnd is one end of the packet.
+type whyEnd struct {
+	party
+	Address netip.Addr `json:"address"`
+	Port    uint16     `json:"port,omitempty"`
+	Here    bool       `json:"here"` // it is a pod of this node, which judges it
+}
+
+// String is how the end is called in a sentence.
+func (e whyEnd) String() string { return cmp.Or(e.Name, e.Address.String()) }
+
+// oneEnd is what the policies of one end say.
+type oneEnd struct {
+	Action  string   `json:"action"` // allow, deny
+	By      ruleName `json:"by"`
+	Logged  bool     `json:"logged,omitempty"`
+	Nearest *miss    `json:"nearest,omitempty"` // the rule that would have turned it, but for the fewest conditions
+	Maps    *inMaps  `json:"maps,omitempty"`    // null: it is judged on another node
+}
+
+// miss is a rule that does not match, and why.
+type miss struct {
+	ruleName
+	Missed []string `json:"missed"` // the conditions that do not hold
+}
+
+// inMaps is what the kernel maps say of one end.
+type inMaps struct {
+	PolicyID uint32   `json:"policyID"` // 0: no policy applies
+	Identity uint32   `json:"identity"` // of the other end's address
+	Action   string   `json:"action"`   // allow, deny, unknown: the policy id has no rows
+	By       ruleName `json:"by"`
+}
+
+const actionUnknown = "unknown"
+
+// ports are ranges of them that fare alike.
+type ports struct {
+	Ports   string `json:"ports"` // 80 or 8000-8100
+	Verdict string `json:"verdict"`
+	By      string `json:"by"`
+}
+
+// whyFlow is a flow between the two, and what let it in.
+type whyFlow struct {
+	maps.Flow
+	EgressBy  *ruleName `json:"egressBy,omitempty"`
+	IngressBy *ruleName `json:"ingressBy,omitempty"`
+}
+
+// past is what the agent has seen dropped between the two.
+type past struct {
+	Since     time.Time `json:"since"`
+	Lost      uint64    `json:"lost"` // events that nobody told the agent, of anybody's packets
+	Drops     []whyDrop `json:"drops"`
+	Forgotten uint64    `json:"forgotten"`
+}
+
+type whyDrop struct {
+	agent.Drop
+	By   *ruleName `json:"by,omitempty"`
+	Same bool      `json:"same"` // it is of the protocol and ports that were asked about
+}
+
+type whyOptions struct{ *globals }
+
+func newWhyCommand(g *globals) *cobra.Command {
+	o := &whyOptions{g}
+	return &cobra.Command{
+		Use:   "why SRC[:PORT] DST[:PORT[/PROTOCOL]]",
+		Short: "Say whether a connection is allowed, and by what",
+		Long: `why says whether a packet that opens a flow from SRC to DST is allowed or denied now, by which rule of which policy, at which
+end, and which rule it missed by the least; which way it takes and whether something else than policy would drop it; which flows
+there are between the two and what let them in; and, where the agent runs, what was dropped between them, when and how often.
+
+SRC and DST are a pod's name, namespace/name, the beginning of a container id, or any address. PROTOCOL is tcp (the default),
+udp, sctp, icmp, icmpv6 or a number. For ICMP the port is the type, or type.code; without one it is an echo request. Without a
+port the answer is for ports that no rule names, with a list of those that fare otherwise. The source's port matters only
+where a rule asks for it, and to find one flow.
+
+It goes by the policy that this node was told last, and looks the same up in the kernel maps: these decide, and where they say
+something else it says so. Pods of other nodes are judged there too; ask there for what their maps say.
+
+Exit code 1: the maps and policy disagree, or it could not be found out.`,
+		Example: `  caracalctl why web db:5432
+  caracalctl why default/web 10.244.1.7:53/udp
+  caracalctl why web db/icmp
+  caracalctl why 10.244.0.5:40112 '[2001:db8:244::9]:443'
+  caracalctl why web db:5432 -o json | jq .ingress.nearest`,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) != 2 {
+				return usagef("%s takes a source and a destination, not %d arguments; see --help", cmd.CommandPath(), len(args))
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, args []string) error { return o.run(cmd, args[0], args[1]) },
+	}
+}
+
+// asked are the moments at which why looks before it says that the maps and policy disagree: a change may be under way.
+const (
+	askedTimes = 6
+	askedEvery = 300 * time.Millisecond
+)
+
+func (o *whyOptions) run(cmd *cobra.Command, source, destination string) error {
+	var x *explanation
+	for n := 1; ; n++ {
+		var err error
+		if x, err = o.explain(cmd, source, destination); err != nil {
+			return err
+		}
+		if len(x.Disagree) == 0 || n == askedTimes {
+			break
+		}
+		select {
+		case <-time.After(askedEvery):
+		case <-cmd.Context().Done():
+			return cmd.Context().Err()
+		}
+	}
+	if o.output != formatTable {
+		if err := o.print(cmd, x, nil); err != nil {
+			return err
+		}
+	} else if err := x.write(cmd.OutOrStdout()); err != nil {
+		return err
+	}
+	if len(x.Disagree) > 0 {
+		return errFound
+	}
+	return nil
+}
+
+// whyCase is what an explanation is made from.
+type whyCase struct {
+	*enforced
+	*explanation
+	question
+	maps   *maps.Maps // nil: nothing is loaded
+	packet policy.Packet
+	pods   []maps.Pod // in the maps
+}
+
+func (o *whyOptions) explain(cmd *cobra.Command, source, destination string) (*explanation, error) {
+	e, err := o.enforced(cmd)
+	if err != nil {
+		return nil, err
+	}
+	q, err := parseQuestion(source, destination, func(s string) bool { return len(e.parties(s)) > 0 })
+	if err != nil {
+		return nil, usageError{err}
+	}
+	c := &whyCase{enforced: e, question: q, explanation: &explanation{Flows: []whyFlow{}, Disagree: []string{}, Notes: []string{}}}
+	if err := c.ends(); err != nil {
+		return nil, err
+	}
+	c.maps, err = o.maps()
+	switch {
+	case err == nil:
+		defer c.maps.Close()
+	case !errors.Is(err, errNotLoaded):
+		return nil, err
+	default:
+		c.note("nothing is loaded on this node, so no packet is judged here: this is what policy says")
+	}
+	if e.node == "" {
+		c.note("this node was never told of any policy")
+	}
+	for n := 1; ; n++ {
+		again, err := c.judge()
+		if err != nil {
+			return nil, err
+		}
+		if !again {
+			break
+		}
+		if n == 100 {
+			return nil, errors.New("the node's policy changes faster than it can be read; ask again")
+		}
+	}
+	if err := c.conclude(); err != nil {
+		return nil, err
+	}
+	if err := c.findFlows(); err != nil {
+		return nil, err
+	}
+	return c.explanation, c.remember(cmd, o.socket)
+}
+
+func (c *whyCase) note(format string, args ...any) {
+	if text := fmt.Sprintf(format, args...); !slices.Contains(c.Notes, text) {
+		c.Notes = append(c.Notes, text)
+	}
+}
+
+// ends finds out who is meant, and of which family.
+func (c *whyCase) ends() error {
+	from, err := c.party(c.question.source)
+	if err != nil {
+		return err
+	}
+	to, err := c.party(c.question.destination)
+	if err != nil {
+		return err
+	}
+	find := func(v4 bool) bool {
+		of := func(a netip.Addr) bool { return a.Is4() == v4 }
+		i, j := slices.IndexFunc(from.Addresses, of), slices.IndexFunc(to.Addresses, of)
+		if i < 0 || j < 0 {
+			return false
+		}
+		c.Source, c.Destination = whyEnd{party: from, Address: from.Addresses[i]}, whyEnd{party: to, Address: to.Addresses[j]}
+		return true
+	}
+	v6first := c.protocol == api.ICMPv6
+	if !find(!v6first) && !find(v6first) {
+		return fmt.Errorf("%s has %s, %s has %s: none of the same family", cmp.Or(from.Name, c.question.source), join(from.Addresses),
+			cmp.Or(to.Name, c.question.destination), join(to.Addresses))
+	}
+	p := &c.packet
+	p.Source, p.Destination = c.Source.Address, c.Destination.Address
+	if c.isICMP() {
+		c.protocol = api.ICMP
+		kind := uint8(8)
+		if p.Source.Is6() {
+			c.protocol, kind = api.ICMPv6, 128
+		}
+		if c.kind != nil {
+			kind = *c.kind
+		}
+		p.ICMPType, p.ICMPCode = kind, c.code
+		c.ICMPType, c.ICMPCode = &p.ICMPType, &p.ICMPCode
+	}
+	p.Protocol, p.SourcePort, p.TargetPort = uint8(c.protocol), c.sourcePort, c.port
+	if c.protocol.HasPorts() && c.sourcePort == 0 {
+		p.SourcePort = anySourcePort
+	}
+	c.Protocol, c.Source.Port, c.Destination.Port = c.protocol.String(), c.sourcePort, c.port
+	return nil
+}
+
+// judge asks policy and the maps about both ends. again: the epoch changed meanwhile.
+func (c *whyCase) judge() (again bool, err error) {
+	if c.maps != nil {
+		state, err := c.maps.State()
+		if err != nil {
+			return false, err
+		}
+		c.Epoch = state.Epoch
+		if c.pods, err = c.maps.Pods(); err != nil {
+			return false, err
+		}
+	}
+	c.Disagree = c.Disagree[:0]
+	if c.Egress, err = c.judgeEnd(policy.Egress, &c.Source, c.packet.Destination); err != nil {
+		return false, err
+	}
+	if c.Ingress, err = c.judgeEnd(policy.Ingress, &c.Destination, c.packet.Source); err != nil {
+		return false, err
+	}
+	if c.maps == nil {
+		return false, nil
+	}
+	state, err := c.maps.State()
+	return state.Epoch != c.Epoch, err
+}
+
+func (c *whyCase) judgeEnd(d policy.Direction, end *whyEnd, remote netip.Addr) (*oneEnd, error) {
+	pod := holding(c.pods, end.Address)
+	end.Here = pod != nil
+	endpoint := c.model.At(end.Address)
+	if pod == nil && endpoint == nil {
+		return nil, nil
+	}
+	v := policy.Verdict{Action: policy.Allow, Rule: policy.RuleRef{Index: policy.NoRule}}
+	if endpoint != nil {
+		v = c.model.Evaluate(endpoint.ID, d, c.packet)
+	}
+	var rule *policy.Rule
+	for _, l := range v.Trace {
+		if l.Ref == v.Rule {
+			rule = l.Rule
+		}
+		if c.sourcePort == 0 && (l.Rule.Source.Ports != nil || l.Rule.Source.NotPorts != nil) {
+			c.note("rules ask for the source's port: this is for %d; write another one behind the source", anySourcePort)
+		}
+	}
+	x := &oneEnd{Action: v.Action.String(), By: nameOf(c.ruleID(v.Rule, d), v.Rule, d, rule), Logged: v.Logged}
+	if l, ok := v.Nearest(); ok {
+		x.Nearest = &miss{ruleName: nameOf(c.ruleID(l.Ref, d), l.Ref, d, l.Rule)}
+		for _, t := range l.Missed {
+			text := c.model.Miss(l.Rule, t, c.packet)
+			if t.End == "destination" && c.port == 0 { // none was asked for
+				text = strings.Replace(text, "port is 0, not", "port is none of", 1)
+			}
+			x.Nearest.Missed = append(x.Nearest.Missed, text)
+		}
+	}
+	if pod == nil {
+		return x, nil
+	}
+	id := pod.PolicyIngress
+	if d == policy.Egress {
+		id = pod.PolicyEgress
+	}
+	var err error
+	if x.Maps, err = c.lookUp(id, remote, d); err != nil {
+		return nil, err
+	}
+	c.compare(x, *end, v, d)
+	return x, nil
+}
+
+// lookUp is what the maps say of a policy id and the other end's address.
+func (c *whyCase) lookUp(id uint32, remote netip.Addr, d policy.Direction) (*inMaps, error) {
+	peer, err := c.maps.Peer(remote)
+	if err != nil {
+		return nil, err
+	}
+	x := &inMaps{PolicyID: id, Identity: peer.Identity, Action: policy.Allow.String(), By: ruleName{Direction: d.String(), Index: policy.NoRule}}
+	if id == 0 {
+		return x, nil
+	}
+	p := c.packet
+	port := p.TargetPort
+	if c.isICMP() {
+		port = uint16(p.ICMPType)<<8 | uint16(p.ICMPCode)
+	}
+	row, err := c.maps.Decide(id, peer.Identity, p.Protocol, port, p.SourcePort)
+	switch {
+	case errors.Is(err, maps.ErrNotFound):
+		x.Action = actionUnknown
+	case err != nil:
+		return nil, err
+	default:
+		x.Action = row.Action.String()
+		if row.Rule != 0 {
+			x.By = c.rule(row.Rule)
+		}
+	}
+	return x, nil
+}
+
+// compare notes where the maps say something else than policy.
+func (c *whyCase) compare(x *oneEnd, end whyEnd, v policy.Verdict, d policy.Direction) {
+	disagree := func(format string, args ...any) {
+		c.Disagree = append(c.Disagree, fmt.Sprintf("%s of %s: ", d, end)+fmt.Sprintf(format, args...))
+	}
+	m := x.Maps
+	switch {
+	case m.PolicyID == maps.PolicyUnknown:
+		disagree("no policy is known for the pod yet, and until then the maps deny everything (\"policy\": {\"unknown\": \"deny\"} in its configuration)")
+	case m.Action == actionUnknown:
+		disagree("policy says %s, by %s; the maps have no rows for policy id %d, which denies everything", v.Action, x.By, m.PolicyID)
+	case m.Action != v.Action.String():
+		disagree("policy says %s, by %s; the maps say %s, by %s", v.Action, x.By, m.Action, m.by())
+	case v.Rule.Policy == "" && m.By.ID == 0: // nothing decides, here and there
+	case m.By.ID == 0 || m.By.Policy == "" || m.By.Policy != v.Rule.Policy || m.By.Index != v.Rule.Index || m.By.Tier != v.Rule.Tier:
+		disagree("both say %s, but policy by %s, the maps by %s", v.Action, x.By, m.by())
+	}
+}
+
+// by says who decides in the maps.
+func (m *inMaps) by() string {
+	if m.PolicyID == 0 {
+		return "policy id 0: no policy"
+	}
+	return m.By.String()
+}
+
+// conclude says what becomes of the packet: whatever is in its way first, as the programs ask.
+func (c *whyCase) conclude() error {
+	verdict := func(verdict, reason, format string, args ...any) {
+		c.Verdict, c.Reason, c.Why = verdict, reason, fmt.Sprintf(format, args...)
+	}
+	from, to := holding(c.pods, c.Source.Address), holding(c.pods, c.Destination.Address)
+	own, err := hostAddresses()
+	if err != nil {
+		return err
+	}
+	obstacle, sentence, err := c.way(from, to, own)
+	if err != nil {
+		return err
+	}
+	denied := func(x *oneEnd, end whyEnd, reason string) bool {
+		if x == nil {
+			return false
+		}
+		action, by := x.Action, x.By
+		if x.Maps != nil { // they decide
+			action, by = x.Maps.Action, x.Maps.By
+			if action == x.Action && by.Policy == "" {
+				by = x.By // the same, and its name is known
+			}
+		}
+		switch action {
+		case policy.Allow.String():
+			return false
+		case actionUnknown:
+			verdict(verdictDenied, "drop_policy_unknown", "the %s policy of %s is not known", x.By.Direction, end)
+		default:
+			verdict(verdictDenied, reason, "%s of %s: %s", x.By.Direction, end, by)
+		}
+		return true
+	}
+	switch {
+	case obstacle != "":
+		verdict(verdictDropped, obstacle, "%s", sentence)
+	case from != nil && to != nil && from.IfIndex == to.IfIndex:
+		verdict(verdictAllowed, "", "a pod always reaches itself")
+	case to != nil && slices.Contains(own, c.Source.Address):
+		verdict(verdictAllowed, "", "what a process of this host sends always reaches its pods")
+	case denied(c.Egress, c.Source, "drop_policy_egress"), denied(c.Ingress, c.Destination, "drop_policy_ingress"):
+	case c.Egress == nil && c.Ingress == nil:
+		verdict(verdictAllowed, "", "neither end is a pod: no policy is about it")
+	default:
+		var by []string
+		for _, x := range []*oneEnd{c.Egress, c.Ingress} {
+			if x != nil {
+				by = append(by, x.By.Direction+": "+x.By.String())
+			}
+		}
+		verdict(verdictAllowed, "", "%s", strings.Join(by, "; "))
+	}
+	if c.port == 0 && c.protocol.HasPorts() && c.Verdict != verdictDropped {
+		c.note("no port was given: this is for ports that no rule names")
+		c.otherPorts()
+	}
+	if from == nil && to == nil {
+		c.note("neither end is a pod of this node, so no packet of it is judged here")
+	}
+	for _, end := range []whyEnd{c.Source, c.Destination} {
+		if end.Node != "" {
+			c.note("%s is on node %s, which judges it: ask there for what its maps say", end, end.Node)
+		}
+	}
+	if c.Reason == "" || c.maps == nil {
+		return nil
+	}
+	counts, err := c.maps.Counts()
+	for _, n := range counts {
+		if n.Verdict == c.Reason {
+			c.Counted += n.Packets
+		}
+	}
+	return err
+}
+
+// hostAddresses are this host's own.
+func hostAddresses() ([]netip.Addr, error) {
+	all, err := net.InterfaceAddrs()
+	if err != nil {
+		return nil, fmt.Errorf("list the host's addresses: %w", err)
+	}
+	var out []netip.Addr
+	for _, a := range all {
+		if p, err := netip.ParsePrefix(a.String()); err == nil {
+			out = append(out, p.Addr().Unmap())
+		}
+	}
+	return out, nil
+}
+
+// findFlows finds the flows that were opened as it was asked, or that the packet answers.
+func (c *whyCase) findFlows() error {
+	if c.maps == nil {
+		return nil
+	}
+	all, err := c.maps.Flows()
+	if err != nil {
+		return err
+	}
+	named := func(id uint32) *ruleName {
+		if id == 0 {
+			return nil
+		}
+		n := c.enforced.rule(id)
+		return &n
+	}
+	for _, f := range all {
+		opened := f.Opener.Addr() == c.Source.Address && f.Responder.Addr() == c.Destination.Address
+		answered := f.Opener.Addr() == c.Destination.Address && f.Responder.Addr() == c.Source.Address
+		if f.Protocol != strings.ToLower(c.Protocol) {
+			continue
+		}
+		if c.protocol.HasPorts() {
+			opened = opened && (c.port == 0 || c.port == f.Responder.Port()) && (c.sourcePort == 0 || c.sourcePort == f.Opener.Port())
+			answered = answered && c.port != 0 && c.port == f.Opener.Port() && c.sourcePort == f.Responder.Port()
+		} else if c.isICMP() {
+			opened = opened && f.ICMPType == c.packet.ICMPType && f.ICMPCode == c.packet.ICMPCode
+			answered = false
+		}
+		if answered {
+			c.note("there is a flow that %s opened, and such a packet answers it: it is not judged as an opening", c.Destination)
+		}
+		if opened || answered {
+			c.Flows = append(c.Flows, whyFlow{Flow: f, EgressBy: named(f.RuleEgress), IngressBy: named(f.RuleIngress)})
+		}
+	}
+	return nil
+}
+
+// remember asks the agent what was dropped between the two, in either direction.
+func (c *whyCase) remember(cmd *cobra.Command, socket string) error {
+	filter := agent.DropFilter{Ends: []netip.Prefix{single(c.Source.Address), single(c.Destination.Address)}}
+	var all agent.Drops
+	err := askAgent(cmd.Context(), socket, "/v1/drops?"+filter.Query().Encode(), &all)
+	if errors.Is(err, errNoAgent) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	c.Past = &past{Since: all.Since, Lost: all.Lost, Forgotten: all.Forgotten, Drops: []whyDrop{}}
+	for _, d := range all.Drops {
+		w := whyDrop{Drop: d, Same: c.same(d)}
+		if id := cmp.Or(d.RuleIngress, d.RuleEgress); id != 0 {
+			if d.Reason == "drop_policy_egress" {
+				id = d.RuleEgress
+			}
+			by := c.enforced.rule(id)
+			w.By = &by
+		}
+		c.Past.Drops = append(c.Past.Drops, w)
+	}
+	slices.SortStableFunc(c.Past.Drops, func(a, b whyDrop) int {
+		return cmp.Compare(btoi(b.Same), btoi(a.Same))
+	})
+	return nil
+}
+
+func btoi(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+func single(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
+
+// same tells whether a drop is of the flows that were asked about: of an opening, or of an answer.
+func (c *whyCase) same(d agent.Drop) bool {
+	if d.Protocol != strings.ToLower(c.Protocol) {
+		return false
+	}
+	if c.isICMP() {
+		return d.Source == c.Source.Address && d.ICMPType == c.packet.ICMPType && d.ICMPCode == c.packet.ICMPCode
+	}
+	source, destination := d.SourcePort, d.Port
+	if d.Source != c.Source.Address {
+		source, destination = d.Port, d.SourcePort
+	}
+	return (c.port == 0 || c.port == destination) && (c.sourcePort == 0 || c.sourcePort == source)
+}
