@@ -11,6 +11,7 @@ import (
 
 	"github.com/caracal-net/caracal/maps"
 	"github.com/caracal-net/caracal/node"
+	"github.com/caracal-net/caracal/policy"
 )
 
 var (
@@ -31,6 +32,8 @@ type Pod struct {
 	Network string           // the network's name
 	// What it sends out of all pools gets the host's address, by family.
 	Masquerade4, Masquerade6 bool
+	// Policy are the ids that it is judged by. nil: those that it has in the maps, and none if it is not there.
+	Policy *policy.PodPolicies
 }
 
 // PodOf is the dataplane's view of a recorded endpoint whose host interface is ifindex.
@@ -43,8 +46,8 @@ func PodOf(e node.Endpoint, ifindex int) Pod {
 	}
 }
 
-// AddPod makes pod p known and reachable, and raises the epoch. Repeating it is fine. ErrAddressTaken when another
-// pod of this node holds one of the addresses; then nothing was changed.
+// AddPod makes pod p known and reachable, and raises the epoch. Repeating it is fine: a pod that is there keeps its policy ids
+// unless p says others. ErrAddressTaken when another pod of this node holds one of the addresses; then nothing was changed.
 func AddPod(m *maps.Maps, p Pod) error {
 	for _, a := range p.Addrs {
 		if err := unclaimed(m, a, uint32(p.IfIndex)); err != nil {
@@ -59,7 +62,11 @@ func AddPod(m *maps.Maps, p Pod) error {
 	if err := m.NewQuota(uint32(p.IfIndex), max(1, state.MaxFlows/2)); err != nil {
 		return err
 	}
-	if err := m.PutPod(want(p)); err != nil {
+	w := want(p)
+	if err := policyOf(m, p, &w); err != nil {
+		return err
+	}
+	if err := m.PutPod(w); err != nil {
 		return err
 	}
 	for _, a := range p.Addrs {
@@ -71,8 +78,25 @@ func AddPod(m *maps.Maps, p Pod) error {
 	return err
 }
 
-// RemovePod removes pod p, its routes and its flows, and raises the epoch. What is missing is not an error, and what is
-// another pod's, of an address that both claim, stays.
+// policyOf completes what will be written for p by the ids that it is judged by.
+func policyOf(m *maps.Maps, p Pod, w *maps.Pod) error {
+	if p.Policy != nil {
+		w.PolicyEgress, w.PolicyIngress = p.Policy.Egress, p.Policy.Ingress
+		return nil
+	}
+	got, err := m.Pod(w.IfIndex)
+	if errors.Is(err, maps.ErrNotFound) {
+		return nil
+	}
+	w.PolicyEgress, w.PolicyIngress = got.PolicyEgress, got.PolicyIngress
+	return err
+}
+
+// RemovePod removes pod p, its routes, the identities of its addresses and its flows, and raises the epoch. What is missing
+// is not an error, and what is another pod's, of an address that both claim, stays.
+//
+// The identities go so that whoever is given the addresses next does not pass for this pod, also where nobody who knows
+// policy has heard of either. What else policy says of the addresses is in the maps again when they are somebody's.
 func RemovePod(m *maps.Maps, p Pod) error {
 	var errs []error
 	var own []netip.Addr
@@ -91,7 +115,7 @@ func RemovePod(m *maps.Maps, p Pod) error {
 		}
 		own = append(own, a)
 	}
-	errs = append(errs, m.RemovePod(uint32(p.IfIndex)))
+	errs = append(errs, m.RemovePod(uint32(p.IfIndex)), m.RemovePeers(singles(own)))
 	_, err := m.RaiseEpoch()
 	errs = append(errs, err)
 	// Flows go last: until the epoch was raised a packet could have opened another.
@@ -256,6 +280,15 @@ func want(p Pod) maps.Pod {
 
 func local(a netip.Addr, ifindex uint32) maps.Route {
 	return maps.Route{Prefix: single(a), Kind: maps.RouteLocalPod, IfIndex: ifindex}
+}
+
+// singles are the prefixes that hold one of the addresses each.
+func singles(addrs []netip.Addr) []netip.Prefix {
+	out := make([]netip.Prefix, len(addrs))
+	for i, a := range addrs {
+		out[i] = single(a)
+	}
+	return out
 }
 
 // single is the prefix that holds one address.

@@ -35,6 +35,9 @@ type Numbering struct {
 	IDs  map[string]uint32 `json:"ids,omitempty"` // by what they stand for: a hash
 }
 
+// reserved is the first of the ids that mean something else in the maps: maps.PolicyUnknown, maps.IdentitySourcePorts.
+const reserved = math.MaxUint32 - 1
+
 // numbering gives numbers to contents, and to none a number that another had lately: one whose content is gone comes
 // again when all the others have been.
 type numbering struct {
@@ -52,7 +55,7 @@ type number struct {
 func newNumbering(from Numbering) *numbering {
 	n := &numbering{next: max(from.Next, 1), ids: make(map[hash]*number), used: make(map[uint32]struct{}), kept: make(map[hash]uint32)}
 	for text, id := range from.IDs {
-		if b, err := hex.DecodeString(text); err == nil && len(b) == len(hash{}) && id > 0 && id < math.MaxUint32 {
+		if b, err := hex.DecodeString(text); err == nil && len(b) == len(hash{}) && id > 0 && id < reserved {
 			n.kept[hash(b)] = id
 			n.used[id] = struct{}{}
 		}
@@ -71,7 +74,7 @@ func (n *numbering) take(h hash) uint32 {
 		delete(n.kept, h)
 	} else {
 		for id = n.next; ; id++ {
-			if id == math.MaxUint32 { // it means something else in a row
+			if id >= reserved {
 				id = 0
 				continue
 			}

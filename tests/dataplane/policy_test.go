@@ -14,8 +14,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/caracal-net/caracal/bpf"
+	"github.com/caracal-net/caracal/commit"
 	"github.com/caracal-net/caracal/loader"
 	"github.com/caracal-net/caracal/maps"
+	"github.com/caracal-net/caracal/policy"
 )
 
 // row is a row of policy. bits are those of the protocol and port that count: 0, 16 or 16 + n.
@@ -273,7 +275,7 @@ func TestPolicyUnknown(t *testing.T) {
 		sourcePorts.SourcePorts = true
 		b.rows(sourcePorts)
 		f := udp(b.a, at(x, 1), at(y, 2), 1)
-		for _, ids := range [][2]uint32{{77, 0}, {0, 77}, {102, 0}} {
+		for _, ids := range [][2]uint32{{77, 0}, {0, 77}, {102, 0}, {maps.PolicyUnknown, 0}, {0, maps.PolicyUnknown}} {
 			b.policy(b.a, ids[0], 0)
 			b.policy(b.b, 0, ids[1])
 			check(t, f, b.fromA(f), "drop_policy_unknown")
@@ -598,6 +600,52 @@ func TestStagedPod(t *testing.T) {
 	if err := b.maps.StagePod(99, 0, 9); !errors.Is(err, maps.ErrNotFound) {
 		t.Errorf("staging a pod that is not there: %v", err)
 	}
+}
+
+// A pod that is put again keeps what it is judged by, unless it is given something else; one that comes after it, at its
+// interface or with its addresses, begins anew, and nobody is left with its identity.
+func TestPodPolicy(t *testing.T) {
+	b := newBench(t, loader.Config{})
+	b.rows(row(100, 0, 0, 0, 0, allow, 1), row(100, 7, 0, 0, 0, deny, 2))
+	port := uint16(0)
+	want := func(verdict string, fail error) {
+		t.Helper()
+		if fail != nil {
+			t.Fatal(fail)
+		}
+		port++
+		f := udp(b.a, at(b.a.v4, port), at(b.b.v4, 53), 1)
+		check(t, f, b.fromA(f), verdict)
+	}
+	p := b.b.commit
+	again := func(ids *policy.PodPolicies) error {
+		p.Policy = ids
+		return commit.AddPod(b.maps, p)
+	}
+	want("forward_pod", again(nil))
+	want("drop_policy_ingress", again(&policy.PodPolicies{Ingress: 9}))
+	p.MTU--
+	want("drop_policy_ingress", again(nil))
+	b.policy(b.b, 0, 100)
+	want("forward_pod", again(nil))
+	b.identify(7, b.a.v4, b.a.v6)
+	want("drop_policy_ingress", again(nil))
+	p.Masquerade4 = true
+	want("drop_policy_ingress", again(nil))
+	want("forward_pod", again(&policy.PodPolicies{}))
+
+	want("drop_policy_ingress", again(&policy.PodPolicies{Ingress: 100}))
+	if err := commit.RemovePod(b.maps, b.a.commit); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range peersOf(t, b) {
+		t.Errorf("%s is still %d", p.Prefix, p.Identity)
+	}
+	want("forward_pod", commit.AddPod(b.maps, b.a.commit)) // as anyone else
+	if err := commit.RemovePod(b.maps, p); err != nil {
+		t.Fatal(err)
+	}
+	want("forward_pod", again(nil))
 }
 
 // A staged identity is in force from the next epoch on, for flows that open too; where it is new, what covered it is until then.
