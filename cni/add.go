@@ -469,7 +469,9 @@ func (a *adding) commit(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := commit.AddPod(m, commit.PodOf(a.record, a.veth.hostIndex)); err != nil {
+	pod := commit.PodOf(a.record, a.veth.hostIndex)
+	pod.Policy = a.c.Policy.whenUnknown()
+	if err := commit.AddPod(m, pod); err != nil {
 		return err
 	}
 	if a.record.Masquerade4 || a.record.Masquerade6 {

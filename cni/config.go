@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"path/filepath"
+	"reflect"
 	"strings"
 
 	"github.com/containernetworking/cni/pkg/types"
@@ -54,6 +55,7 @@ type Config struct {
 	MaxFlows        uint32          `json:"max_flows"`
 	Args            Args            `json:"args"`
 	Labels          labels          `json:"labels"` // Calico's, beside args.cni.labels
+	Policy          PolicyConfig    `json:"policy"`
 	RuntimeConfig   RuntimeConfig   `json:"runtimeConfig"`
 	PrevResult      json.RawMessage `json:"prevResult"`
 
@@ -165,6 +167,9 @@ func ParseConfig(data []byte) (*Config, error) {
 	if _, err := c.level(); err != nil {
 		return nil, err
 	}
+	if err := c.Policy.check(); err != nil {
+		return nil, err
+	}
 	if c.ownIPAM() {
 		cfg, err := c.pools()
 		if err != nil {
@@ -255,13 +260,24 @@ func decodeError(data []byte, err error) *Error {
 	case errors.As(err, &typed) && typed.Field == "":
 		return fail(codeConfig, "configuration on stdin: JSON, but a value of type %s where an object belongs", typed.Value)
 	case errors.As(err, &typed):
-		return fail(codeConfig, "configuration key %q: a %s where a %s belongs (%s)", typed.Field, typed.Value, typed.Type, position(data, typed.Offset))
+		return fail(codeConfig, "configuration key %q: a %s where a %s belongs (%s)", typed.Field, typed.Value, inJSON(typed.Type), position(data, typed.Offset))
 	case errors.As(err, &syntax):
 		return fail(codeDecode, "configuration on stdin is not JSON: %s (%s)", syntax, position(data, syntax.Offset))
 	case len(bytes.TrimSpace(data)) == 0:
 		return fail(codeDecode, "no configuration on stdin")
 	}
 	return fail(codeConfig, "configuration on stdin: %s", err)
+}
+
+// inJSON is what a value of a type is called there.
+func inJSON(t reflect.Type) string {
+	switch t.Kind() {
+	case reflect.Struct, reflect.Map:
+		return "object"
+	case reflect.Slice:
+		return "array"
+	}
+	return t.String()
 }
 
 func position(data []byte, offset int64) string {

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 )
 
@@ -55,6 +56,31 @@ func TestErrorCodes(t *testing.T) {
 	}
 }
 
+// TestPolicyConfig: what is not clearly said about unknown policy is refused, by ADD; Calico's object is as good as none.
+func TestPolicyConfig(t *testing.T) {
+	for policy, want := range map[string]string{
+		`{}`: "allow", `null`: "allow", `{"unknown":"allow"}`: "allow", `{"unknown":"deny"}`: "deny", `{ "unknown" : "deny" }`: "deny",
+		`{"type":"k8s"}`: "allow", `{"type":"k8s","k8s_api_root":"https://192.0.2.1","k8s_auth_token":"t","unknown":"deny"}`: "deny",
+		`{"unknown":"maybe"}`: `policy.unknown: neither "allow" nor "deny" but "maybe"`, `{"unknown":""}`: `policy.unknown: neither`, `{"unknown":null}`: "policy.unknown: neither",
+		`{"unknown":7}`: "policy.unknown: neither", `{"unknown":["deny"]}`: "policy.unknown: neither", `{"unkown":"deny"}`: `policy: no key "unkown"`,
+		`{"Unknown":"deny"}`: `policy: no key "Unknown"`, `7`: `"policy": a number where a object belongs`, `[]`: `"policy": a array where a object belongs`, `"deny"`: `"policy": a string`,
+	} {
+		config := []byte(`{"cniVersion":"1.0.0","name":"n","policy":` + policy + `}`)
+		c, err := ParseConfig(config)
+		switch {
+		case err != nil:
+			if e := new(Error); !errors.As(err, &e) || e.Code != codeConfig || !strings.Contains(e.Msg, want) {
+				t.Errorf("%s: %v, want %s", policy, err, want)
+			}
+		case c.Policy.deniesUnknown() != (want == "deny") || want != "allow" && want != "deny":
+			t.Errorf("%s denies: %t, want %s", policy, c.Policy.deniesUnknown(), want)
+		}
+		if _, err := parseForDel(config); err != nil && policy[0] == '{' {
+			t.Errorf("DEL with %s: %v", policy, err)
+		}
+	}
+}
+
 func FuzzConfig(f *testing.F) {
 	for _, s := range []string{
 		`{"cniVersion":"1.1.0","name":"pods","type":"caracal","ipam":{"type":"caracal-ipam","ipv4_pools":["10.244.0.0/16"],"ipv6_pools":["fd00:10::/64"],"reservations":["10.244.0.0/30"]}}`,
@@ -63,6 +89,7 @@ func FuzzConfig(f *testing.F) {
 		`{"cniVersion":"1.1.0","name":"n","cni.dev/valid-attachments":[{"containerID":"a","ifname":"eth0"}],"cni.dev/attachments":null}`,
 		`{"cniVersion":"1.0.0","name":"n","prevResult":{"cniVersion":"1.0.0","interfaces":[{"name":"eth0","sandbox":"/x"}],"ips":[{"address":"10.0.0.1/32","interface":0}]}}`,
 		`{"cniVersion":"0.2.0","name":"n","prevResult":{"ip4":{"ip":"10.0.0.1/24"}}}`,
+		`{"cniVersion":"1.0.0","name":"n","policy":{"unknown":"deny","type":"k8s"}}`,
 		`{"name":"n"}`, `[]`, `{`, `null`, "\x00",
 	} {
 		f.Add([]byte(s))

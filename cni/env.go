@@ -89,11 +89,13 @@ func parseArgs(s string) (map[string]string, string) {
 	return args, ""
 }
 
-func quoted(s string) string {
+func quoted(s string) string { return `"` + shortened(s) + `"` }
+
+func shortened(s string) string {
 	if len(s) > 64 {
 		s = s[:64] + "..."
 	}
-	return `"` + s + `"`
+	return s
 }
 
 // key names the attachment.

@@ -33,6 +33,8 @@ func TestValidateFindsPlaces(t *testing.T) {
 		{"capability", "{\"cniVersion\":\"1.0.0\",\"name\":\"n\",\"type\":\"x\",\n\"capabilities\":{\"ips\":1}}", 2, 17, "capabilities.ips", "neither true nor false"},
 		{"mtu", "{\"cniVersion\":\"1.0.0\",\"name\":\"n\",\n\"type\":\"caracal\",\"mtu\":7}", 2, 18, "mtu", "not between 68 and 65535"},
 		{"log level", "{\"cniVersion\":\"1.0.0\",\"name\":\"n\",\n\"type\":\"caracal\",\"log_level\":\"loud\"}", 2, 18, "log_level", "none of debug"},
+		{"policy", "{\"cniVersion\":\"1.0.0\",\"name\":\"n\",\n\"type\":\"caracal\",\"policy\":{\"unknown\":\"open\"}}", 2, 28, "policy.unknown", "neither \"allow\" nor \"deny\""},
+		{"policy's key", "{\"cniVersion\":\"1.0.0\",\"name\":\"n\",\n\"type\":\"caracal\",\"policy\":{\"unkown\":\"deny\"}}", 2, 18, "policy", "no key \"unkown\""},
 		{"gateway", "{\"cniVersion\":\"1.0.0\",\"name\":\"n\",\"type\":\"caracal\",\n\"ipam\":{\"gateway\":\"here\"}}", 2, 9, "ipam.gateway", "not an address"},
 		{"route", "{\"cniVersion\":\"1.0.0\",\"name\":\"n\",\"type\":\"bridge\",\n\"ipam\":{\"type\":\"caracal-ipam\",\"routes\":[{\"dst\":\"all\"}]}}", 2, 31, "ipam.routes", "not a prefix"},
 		{"pools overlap", "{\"cniVersion\":\"1.0.0\",\"name\":\"n\",\"type\":\"caracal\",\n\"ipam\":{\"ipv4_pools\":[\"10.0.0.0/8\",\"10.1.0.0/16\"]}}", 2, 1, "ipam", "overlaps"},
