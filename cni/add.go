@@ -17,6 +17,7 @@ import (
 
 	"github.com/caracal-net/caracal/api"
 	"github.com/caracal-net/caracal/commit"
+	"github.com/caracal-net/caracal/enforce"
 	"github.com/caracal-net/caracal/internal/netns"
 	"github.com/caracal-net/caracal/internal/nl"
 	"github.com/caracal-net/caracal/internal/tc"
@@ -24,11 +25,12 @@ import (
 	"github.com/caracal-net/caracal/loader"
 	"github.com/caracal-net/caracal/maps"
 	"github.com/caracal-net/caracal/node"
+	"github.com/caracal-net/caracal/policy"
 )
 
 // add attaches a container. The order: everything that can be wrong in the question is found before anything is made;
 // the record comes before what it records, so that whatever a crash leaves can be found and removed; the programs are on
-// the interface before it is up; and the pod is in the maps before ADD answers.
+// the interface before it is up; and the pod and its policy are in the maps before ADD answers.
 func (p *Plugin) add(ctx context.Context, env *Env, c *Config) (any, error) {
 	a := &adding{Plugin: p, env: env, c: c, key: env.key(c)}
 	if err := a.validate(); err != nil {
@@ -70,6 +72,8 @@ type adding struct {
 	blocks   []netip.Prefix // of the addresses, when they are ours
 	recorded bool
 	foreign  bool // the foreign IPAM was asked
+	maps     *maps.Maps
+	judged   bool // there may be policy for the pod
 }
 
 func (a *adding) close() {
@@ -78,6 +82,9 @@ func (a *adding) close() {
 	}
 	if a.ns != nil {
 		a.ns.Close()
+	}
+	if a.maps != nil {
+		a.maps.Close()
 	}
 }
 
@@ -215,8 +222,11 @@ func (a *adding) make(ctx context.Context) error {
 		{"attach", func(context.Context) error {
 			return loader.Attach(tc.On(a.sides.host), a.c.BPFFSDir, a.veth.hostName, a.veth.hostIndex, a.mode)
 		}},
-		{"commit", a.commit},      // before the pod's end is up, so that what it sends first is not a stranger's,
-		{"host", a.configureHost}, // and before the kernel routes addresses here that may turn out to be another pod's
+		// Before the pod's end is up, so that what it sends first is not a stranger's, and is judged; and before the kernel
+		// routes addresses here that may turn out to be another pod's.
+		{"commit", a.commit},
+		{"policy", a.enforce},
+		{"host", a.configureHost},
 		{"pod", func(context.Context) error { return a.veth.configurePod(a.sides) }},
 		{"answer", func(context.Context) error { return nil }},
 	} {
@@ -455,29 +465,43 @@ func (a *adding) commit(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer m.Close()
+	a.maps = m
 	lock, err := node.LockNode(ctx, a.c.StateDir)
 	if err != nil {
 		return err
 	}
 	defer lock.Unlock()
 	if name, err := nl.Name(a.veth.hostIndex); err != nil || name != a.veth.hostName {
-		return fail(codeTryAgain, "%s was removed while it was added", a.key)
+		return a.removed()
 	}
 	if !commit.HasBlocks(m, a.blocks) {
 		if err := a.setNode(ctx, a.c, a.sides.host, m); err != nil {
 			return err
 		}
 	}
-	pod := commit.PodOf(a.record, a.veth.hostIndex)
-	pod.Policy = a.c.Policy.whenUnknown()
-	if err := commit.AddPod(m, pod); err != nil {
+	// Looked at under the lock: who learns of the first policy later than this finds the pod in the maps.
+	ids := policy.PodPolicies{}
+	if a.judged = a.c.Policy.deniesUnknown() || enforce.Exists(a.c.StateDir); a.judged {
+		ids = unknownPolicy
+	}
+	if err := commit.AddPod(m, a.pod(ids)); err != nil {
 		return err
 	}
 	if a.record.Masquerade4 || a.record.Masquerade6 {
 		return a.openOutside(m)
 	}
 	return nil
+}
+
+// pod is what the maps are to have, judged by these ids.
+func (a *adding) pod(ids policy.PodPolicies) commit.Pod {
+	pod := commit.PodOf(a.record, a.veth.hostIndex)
+	pod.Policy = &ids
+	return pod
+}
+
+func (a *adding) removed() error {
+	return fail(codeTryAgain, "%s was removed while it was added", a.key)
 }
 
 // setNode brings the node's own routes up to date in the maps. Callers hold the node lock.

@@ -51,6 +51,7 @@ type Config struct {
 	StateDir        string          `json:"state_dir"`
 	BPFFSDir        string          `json:"bpffs_dir"`
 	BootIDFile      string          `json:"boot_id_file"`
+	AgentSocket     string          `json:"agent_socket"`
 	Shaped          bool            `json:"shaped"` // true: a later plugin shapes the bandwidth without the capability
 	MaxFlows        uint32          `json:"max_flows"`
 	Args            Args            `json:"args"`
@@ -211,7 +212,7 @@ func parseForDel(data []byte) (*Config, error) {
 		key string
 		dir *string
 		def string
-	}{{"state_dir", &c.StateDir, DefaultStateDir}, {"bpffs_dir", &c.BPFFSDir, DefaultBPFFSDir}} {
+	}{{"state_dir", &c.StateDir, DefaultStateDir}, {"bpffs_dir", &c.BPFFSDir, DefaultBPFFSDir}, {"agent_socket", &c.AgentSocket, DefaultSocket}} {
 		if *d.dir == "" {
 			*d.dir = d.def
 		}

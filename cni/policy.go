@@ -1,11 +1,17 @@
 package cni
 
 import (
+	"context"
 	"encoding/json"
-	"maps"
+	"errors"
+	stdmaps "maps"
 	"slices"
+	"time"
 
-	caracal "github.com/caracal-net/caracal/maps"
+	"github.com/caracal-net/caracal/commit"
+	"github.com/caracal-net/caracal/enforce"
+	"github.com/caracal-net/caracal/maps"
+	"github.com/caracal-net/caracal/node"
 	"github.com/caracal-net/caracal/policy"
 )
 
@@ -19,7 +25,7 @@ var calicoPolicy = []string{
 
 // check is strict about keys too: one that is spelt wrong would leave pods open.
 func (p PolicyConfig) check() error {
-	for _, key := range slices.Sorted(maps.Keys(p)) {
+	for _, key := range slices.Sorted(stdmaps.Keys(p)) {
 		if key != "unknown" && !slices.Contains(calicoPolicy, key) {
 			return fail(codeConfig, `policy: no key %s is known; there is unknown, which is "allow" or "deny"`, quoted(key))
 		}
@@ -34,10 +40,100 @@ func (p PolicyConfig) check() error {
 // deniesUnknown tells whether a pod whose policy is not known is cut off.
 func (p PolicyConfig) deniesUnknown() bool { return string(p["unknown"]) == `"deny"` }
 
-// whenUnknown are the policy ids of a pod whose policy is not known.
-func (p PolicyConfig) whenUnknown() *policy.PodPolicies {
-	if p.deniesUnknown() {
-		return &policy.PodPolicies{Ingress: caracal.PolicyUnknown, Egress: caracal.PolicyUnknown}
+// unknownPolicy are the policy ids of a pod whose policy is not known: all is dropped.
+var unknownPolicy = policy.PodPolicies{Ingress: maps.PolicyUnknown, Egress: maps.PolicyUnknown}
+
+const (
+	agentPatience = 2 * time.Second  // with an agent that listens and does not answer
+	otherPatience = 10 * time.Second // with another ADD that keeps the policy: the worst is a large one from nothing
+	lookAgain     = 5 * time.Millisecond
+)
+
+// enforce puts the pod's policy in force, before the pod can send or be sent anything: by the agent if there is one, else
+// here, as it was known last. Until then the maps have the pod as one of unknown policy; if it stays that, the configuration
+// says what becomes of it. An agent that knows better mends it later.
+func (a *adding) enforce(ctx context.Context) error {
+	if !a.judged {
+		return nil
 	}
-	return &policy.PodPolicies{}
+	why := a.findPolicy(ctx)
+	known, err := a.policyKnown()
+	if err != nil {
+		return err
+	}
+	if known {
+		if why != nil {
+			a.log.Warn("policy", "error", why)
+		}
+		return nil
+	}
+	a.log.Warn("the pod's policy is not known", "endpoint", a.key.String(), "error", why, "denied", a.c.Policy.deniesUnknown())
+	if a.c.Policy.deniesUnknown() {
+		return nil
+	}
+	return a.openUnknown(ctx)
+}
+
+// findPolicy asks whoever keeps this node's policy, or keeps it for the moment. nil: the maps should have the pod's by now.
+func (a *adding) findPolicy(ctx context.Context) error {
+	for deadline := time.Now().Add(otherPatience); ; {
+		p, err := enforce.Load(ctx, enforce.Config{Dir: a.c.StateDir, Maps: a.maps, Log: a.log})
+		if err == nil {
+			return errors.Join(a.commitPolicy(ctx, p), p.Close())
+		}
+		if !errors.Is(err, enforce.ErrHeld) {
+			return err
+		}
+		if err := ask(ctx, a.c.AgentSocket, "/policy/endpoint", a.record, agentPatience); !errors.Is(err, errNoAgent) || time.Now().After(deadline) {
+			return err
+		}
+		// Another ADD, or an agent that begins or has just ended. An ADD does it for all pods that are recorded.
+		if known, err := a.policyKnown(); known || err != nil {
+			return err
+		}
+		select {
+		case <-time.After(lookAgain):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// commitPolicy puts the last known policy in force for the pods that are recorded by now.
+func (a *adding) commitPolicy(ctx context.Context, p *enforce.Policy) error {
+	var pods []node.Endpoint
+	err := a.read(ctx, a.c, func(tx *node.Tx) error {
+		return tx.Endpoints(func(e node.Endpoint) error {
+			pods = append(pods, e)
+			return nil
+		})
+	})
+	if err != nil {
+		return err
+	}
+	p.SetLocal(pods)
+	_, err = p.Commit(ctx)
+	return err
+}
+
+// policyKnown tells whether somebody has given the pod its policy.
+func (a *adding) policyKnown() (bool, error) {
+	pod, err := a.maps.Pod(uint32(a.veth.hostIndex))
+	if errors.Is(err, maps.ErrNotFound) {
+		return false, a.removed()
+	}
+	return pod.PolicyIngress != maps.PolicyUnknown && pod.PolicyEgress != maps.PolicyUnknown, err
+}
+
+// openUnknown lets the pod do everything, unless its policy has become known.
+func (a *adding) openUnknown(ctx context.Context) error {
+	lock, err := node.LockNode(ctx, a.c.StateDir)
+	if err != nil {
+		return err
+	}
+	defer lock.Unlock()
+	if known, err := a.policyKnown(); known || err != nil {
+		return err
+	}
+	return commit.AddPod(a.maps, a.pod(policy.PodPolicies{}))
 }

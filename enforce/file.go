@@ -56,6 +56,17 @@ func Resources(ctx context.Context, dir string) ([]api.Resource, policy.Numbers,
 	return s.resources, s.numbers, err
 }
 
+// Exists tells whether anything was ever known of policy on the node with that state directory: policy.db is there, or one was
+// that could not be read.
+func Exists(dir string) bool {
+	for _, name := range []string{fileName, brokenName} {
+		if _, err := os.Lstat(filepath.Join(dir, name)); !errors.Is(err, fs.ErrNotExist) {
+			return true
+		}
+	}
+	return false
+}
+
 // NodeName is the name of the node that policy.db is of. ErrNoDatabase, ErrCorrupt.
 func NodeName(ctx context.Context, dir string) (name string, err error) {
 	err = run(ctx, dir, reading, func(tx *bbolt.Tx) error {

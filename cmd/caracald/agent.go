@@ -85,7 +85,7 @@ neither the store is a file of this machine alone.`,
 	f.StringVar(&c.StateDir, "state-dir", ctl.FromEnv("CARACAL_STATE_DIR", cni.DefaultStateDir), "`DIR` that holds node.db (env CARACAL_STATE_DIR)")
 	f.StringVar(&c.BPFFSDir, "bpffs-dir", ctl.FromEnv("CARACAL_BPFFS_DIR", cni.DefaultBPFFSDir), "`DIR` that holds the pinned maps and programs (env CARACAL_BPFFS_DIR)")
 	f.StringVar(&c.BootIDFile, "boot-id-file", os.Getenv("CARACAL_BOOT_ID_FILE"), "`FILE` with the boot id of a simulated node (env CARACAL_BOOT_ID_FILE)")
-	f.StringVar(&c.Socket, "socket", ctl.FromEnv("CARACAL_SOCKET", ctl.DefaultSocket), "`SOCKET` on which caracalctl asks (env CARACAL_SOCKET)")
+	f.StringVar(&c.Socket, "socket", ctl.FromEnv("CARACAL_SOCKET", cni.DefaultSocket), "`SOCKET` on which caracalctl asks (env CARACAL_SOCKET)")
 	f.StringVar(&c.Health, "health", "127.0.0.1:9099", "`ADDRESS` of /health, /liveness and /readiness; empty: nowhere")
 	f.StringVar(&c.Metrics, "metrics", "127.0.0.1:9091", "`ADDRESS` of /metrics; empty: nowhere")
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")

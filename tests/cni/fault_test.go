@@ -8,7 +8,7 @@ import (
 )
 
 var (
-	addSteps = []string{"load", "predecessor", "address", "record", "veth", "sysctl", "attach", "commit", "host", "pod", "answer"}
+	addSteps = []string{"load", "predecessor", "address", "record", "veth", "sysctl", "attach", "commit", "policy", "host", "pod", "answer"}
 	delSteps = []string{"unmap", "unlink", "forget"}
 )
 

@@ -56,6 +56,7 @@ func defaultConflist(cfg Config, h *Host) ([]byte, error) {
 		"state_dir":    h.StateDir(),
 		"bpffs_dir":    h.BPFDir(),
 		"boot_id_file": h.BootIDFile(),
+		"agent_socket": h.Socket(),
 		"nodename":     h.Name,
 		"ipam":         map[string]any{"type": "caracal-ipam", "ipv4_pools": h.file.IPv4Pools, "ipv6_pools": h.file.IPv6Pools},
 	}

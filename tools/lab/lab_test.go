@@ -270,7 +270,7 @@ func TestPluginIsCalledAsByARuntime(t *testing.T) {
 		}
 		for key, want := range map[string]any{
 			"type": "caracal", "name": l.Network(), "cniVersion": "1.1.0", "mtu": 1400.0, "nodename": "h1",
-			"state_dir": h.StateDir(), "bpffs_dir": h.BPFDir(), "boot_id_file": h.BootIDFile(),
+			"state_dir": h.StateDir(), "bpffs_dir": h.BPFDir(), "boot_id_file": h.BootIDFile(), "agent_socket": h.Socket(),
 		} {
 			if got := c.conf[key]; got != want {
 				t.Errorf("%s: %s is %v, want %v", c.command(), key, got, want)

@@ -90,7 +90,7 @@ Reading commands change nothing. Exit code 0: done; 1: an error, or a check foun
 	f.StringVar(&g.bpffsDir, "bpffs-dir", FromEnv("CARACAL_BPFFS_DIR", cni.DefaultBPFFSDir), "`DIR` that holds the pinned maps and programs (env CARACAL_BPFFS_DIR)")
 	f.StringVar(&g.bootIDFile, "boot-id-file", os.Getenv("CARACAL_BOOT_ID_FILE"), "`FILE` with the boot id of a simulated node (env CARACAL_BOOT_ID_FILE)")
 	f.StringVarP(&g.config, "config", "c", os.Getenv("CARACAL_CONFIG"), "`FILE` that says where resources are stored, shaped like calicoctl.cfg (env CARACAL_CONFIG); none: "+DefaultConfigFile+" or /etc/calico/calicoctl.cfg if there is one, else this machine alone")
-	f.StringVar(&g.socket, "socket", FromEnv("CARACAL_SOCKET", DefaultSocket), "the agent's `SOCKET` (env CARACAL_SOCKET)")
+	f.StringVar(&g.socket, "socket", FromEnv("CARACAL_SOCKET", cni.DefaultSocket), "the agent's `SOCKET` (env CARACAL_SOCKET)")
 	f.VarP(&g.output, "output", "o", "table, json or yaml")
 	complete(cmd, "output", formats...)
 	cmd.AddCommand(

@@ -19,9 +19,6 @@ import (
 	"github.com/caracal-net/caracal/bgp"
 )
 
-// DefaultSocket is where the agent answers.
-const DefaultSocket = "/run/caracal/agent.sock"
-
 // errNoAgent says that nobody answers on the agent's socket.
 var errNoAgent = errors.New("no agent answers")
 

@@ -1,0 +1,97 @@
+package cni
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// DefaultSocket is where this node's agent answers unless the configuration says otherwise.
+const DefaultSocket = "/run/caracal/agent.sock"
+
+var (
+	// errNoAgent says that nobody listens on the socket, or that whoever did ended before he answered.
+	errNoAgent = errors.New("no agent answers")
+	// errSilent says that an agent listens, but has not answered in time.
+	errSilent = errors.New("the agent does not answer")
+)
+
+const maxAnswer = 64 << 10 // bytes
+
+// ask posts a value as JSON to the agent on a socket and waits for its consent. It speaks HTTP/1.0 itself (RFC 1945): net/http
+// would make each start of the plugin longer.
+//
+// Errors: errNoAgent, errSilent, or what the agent objects.
+func ask(ctx context.Context, socket, path string, value any, wait time.Duration) error {
+	body, err := json.Marshal(value)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, wait)
+	defer cancel()
+	answer, err := exchange(ctx, socket, fmt.Appendf(nil, "POST %s HTTP/1.0\r\nHost: agent\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", path, len(body), body))
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ECONNREFUSED), errors.Is(err, unix.ECONNRESET), errors.Is(err, unix.EPIPE), errors.Is(err, io.ErrUnexpectedEOF):
+		return fmt.Errorf("%s: %w", socket, errNoAgent)
+	case err != nil && ctx.Err() != nil:
+		return fmt.Errorf("%s: %w for %s", socket, errSilent, wait)
+	case err != nil:
+		return fmt.Errorf("ask the agent: %w", err)
+	}
+	return consent(answer)
+}
+
+// exchange sends a request and reads all of the answer, or the first maxAnswer bytes. io.ErrUnexpectedEOF: there was none.
+func exchange(ctx context.Context, socket string, request []byte) ([]byte, error) {
+	c, err := (&net.Dialer{}).DialContext(ctx, "unix", socket)
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	deadline, _ := ctx.Deadline()
+	if err := c.SetDeadline(deadline); err != nil {
+		return nil, err
+	}
+	if _, err := c.Write(request); err != nil {
+		return nil, err
+	}
+	answer, err := io.ReadAll(io.LimitReader(c, maxAnswer))
+	if err == nil && len(answer) == 0 {
+		err = io.ErrUnexpectedEOF
+	}
+	return answer, err
+}
+
+// consent reads an answer: nil when its status is one of success, else an error with what it says.
+func consent(answer []byte) error {
+	r := bufio.NewReader(bytes.NewReader(answer))
+	line, err := r.ReadString('\n')
+	version, status, _ := strings.Cut(strings.TrimRight(line, "\r\n"), " ")
+	number, _, _ := strings.Cut(status, " ")
+	code, nerr := strconv.Atoi(number)
+	if err != nil || nerr != nil || len(number) != 3 || !strings.HasPrefix(version, "HTTP/1.") {
+		return fmt.Errorf("ask the agent: %q is no answer of HTTP", shortened(string(answer)))
+	}
+	if code >= 200 && code < 300 {
+		return nil
+	}
+	for { // the headers
+		line, err := r.ReadString('\n')
+		if strings.TrimRight(line, "\r\n") == "" || err != nil {
+			break
+		}
+	}
+	said, _ := r.ReadString('\n')
+	return fmt.Errorf("the agent says: %s: %s", status, strings.TrimSpace(said))
+}
