@@ -3,7 +3,6 @@ package maps
 import (
 	"cmp"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io/fs"
 	"net/netip"
@@ -60,6 +59,20 @@ func word[T ~uint8](words []string, v T) string {
 	return strconv.Itoa(int(v))
 }
 
+// ProtocolNumber is the IANA number of a Flow's Protocol.
+func ProtocolNumber(name string) (uint8, error) {
+	for number, word := range protocols {
+		if word == name {
+			return number, nil
+		}
+	}
+	number, err := strconv.ParseUint(name, 10, 8)
+	if err != nil {
+		return 0, fmt.Errorf("protocol %q: neither a name that flows have nor a number", name)
+	}
+	return uint8(number), nil
+}
+
 func protocolName(number uint8) string {
 	if name, ok := protocols[number]; ok {
 		return name
@@ -93,22 +106,17 @@ func (m *Maps) listFlows(name, natMap string, at uint64, confirmed bool) ([]Flow
 		return nil, err
 	}
 	defer nat.Close()
-	var (
-		flows   []Flow
-		key     bpf.DataplaneFlowKey
-		value   bpf.DataplaneFlow
-		outside bpf.DataplaneNat
-	)
-	all := pinned.Iterate()
-	for all.Next(&key, &value) {
-		f := decodeFlow(&key, &value, at)
+	var flows []Flow
+	err = each(pinned, func(key *bpf.DataplaneFlowKey, value *bpf.DataplaneFlow) {
+		f := decodeFlow(key, value, at)
 		f.Confirmed = confirmed
-		if value.Masqueraded != 0 && nat.Lookup(&key, &outside) == nil {
+		var outside bpf.DataplaneNat
+		if value.Masqueraded != 0 && nat.Lookup(key, &outside) == nil {
 			f.Masquerade = netip.AddrPortFrom(FromAddress(outside.Address), port(outside.Port))
 		}
 		flows = append(flows, f)
-	}
-	if err := all.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
+	})
+	if err != nil {
 		return nil, fmt.Errorf("list flows: %w", err)
 	}
 	slices.SortFunc(flows, func(a, b Flow) int {
