@@ -18,9 +18,6 @@ const snapshotTries = 20
 // Snapshot is what the programs decide by, as it was in one epoch, and the flows that there were. Counters, events and quotas
 // are no part of it.
 type Snapshot struct {
-	// How many the maps have room for.
-	MaxPeers, MaxPolicy uint32
-
 	state   bpf.DataplaneState
 	pods    contents[uint32, bpf.DataplanePod]
 	routes  contents[bpf.DataplanePrefix, bpf.DataplaneRoute]
@@ -109,14 +106,6 @@ func (s *Snapshot) readRest(m *Maps) error {
 		if err := s.flows.read(m, flows, staying); err != nil {
 			return err
 		}
-	}
-	for name, into := range map[string]*uint32{bpf.DataplaneMapCaracalPeers: &s.MaxPeers, bpf.DataplaneMapCaracalPolicy: &s.MaxPolicy} {
-		pinned, err := m.pinned(name)
-		if err != nil {
-			return err
-		}
-		*into = pinned.MaxEntries()
-		pinned.Close()
 	}
 	return nil
 }

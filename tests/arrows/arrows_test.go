@@ -27,6 +27,7 @@ var may = map[string][]string{
 	"commit":  {"maps", "node", "api", "policy"},
 	"bgp":     {},
 	"enforce": {"maps", "node", "api", "policy", "commit"},
+	"whatif":  {"loader", "maps", "policy", "commit"},
 	"agent":   {"bgp", "store", "cni", "loader", "maps", "ipam", "node", "policy", "commit", "enforce", "api"},
 	"cni":     {"loader", "maps", "ipam", "node", "policy", "commit", "enforce", "api"},
 }

@@ -1,0 +1,316 @@
+package dataplane
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/google/go-cmp/cmp"
+	"github.com/gopacket/gopacket/layers"
+
+	"github.com/caracal-net/caracal/api/selector"
+	"github.com/caracal-net/caracal/bpf"
+	"github.com/caracal-net/caracal/maps"
+	"github.com/caracal-net/caracal/policy"
+	"github.com/caracal-net/caracal/whatif"
+)
+
+// sight is a packet where a program sees it.
+type sight struct {
+	hook  string
+	frame []byte
+	skb
+}
+
+// dialogue is a flow: the packets that open it, and those with which it goes on.
+type dialogue struct {
+	name     string
+	open, on []sight
+}
+
+// dialogues are flows of every protocol, seen at every hook, between pods a and b, pod r behind the uplink, the host and the
+// outside.
+func (b *bench) dialogues(x, y, far, world netip.Addr) []dialogue {
+	var (
+		a, bb, r = b.a, b.b, b.r
+		fromA    = func(f []byte) sight { return sight{"from_pod", f, skb{ifindex: uint32(a.commit.IfIndex)}} }
+		fromB    = func(f []byte) sight { return sight{"from_pod", f, skb{ifindex: uint32(bb.commit.IfIndex)}} }
+		fromNet  = func(f []byte) sight { return sight{"from_net", f, skb{ifindex: uint32(b.up)}} }
+		toA      = func(f []byte) sight {
+			return sight{"to_pod", f, skb{ifindex: uint32(a.commit.IfIndex), ingress: uint32(b.up)}}
+		}
+		toB = func(f []byte) sight {
+			return sight{"to_pod", f, skb{ifindex: uint32(bb.commit.IfIndex), ingress: uint32(b.up)}}
+		}
+		fromHost = func(f []byte) sight { return sight{"to_pod", f, skb{ifindex: uint32(bb.commit.IfIndex)}} }
+		toNet    = func(f []byte) sight {
+			return sight{"to_net", f, skb{ifindex: uint32(b.up), ingress: uint32(a.commit.IfIndex)}}
+		}
+		one     = func(s ...sight) []sight { return s }
+		port    = uint16(4000)
+		all     []dialogue
+		add     = func(name string, open, on []sight) { all = append(all, dialogue{name, open, on}) }
+		pairUDP = func(from, to *pod, src, dst netip.Addr, d uint16) (there, back []byte) {
+			port++
+			return udp(from, at(src, port), at(dst, d), 8), udp(to, at(dst, d), at(src, port), 8)
+		}
+		connection = func(name string, from, to *pod, src, dst netip.Addr, d uint16, there, back func([]byte) sight) {
+			port++
+			s, t := at(src, port), at(dst, d)
+			add(name, one(there(tcp(from, s, t, "S", 0)), back(tcp(to, t, s, "SA", 0)), there(tcp(from, s, t, "A", 0))),
+				one(there(tcp(from, s, t, "A", 10)), back(tcp(to, t, s, "A", 10))))
+		}
+		datagrams = func(name string, from, to *pod, src, dst netip.Addr, d uint16, there, back func([]byte) sight) {
+			q, ans := pairUDP(from, to, src, dst, d)
+			add(name, one(there(q), back(ans)), one(there(q), back(ans)))
+		}
+	)
+	for _, d := range []uint16{80, 443, 8080} {
+		connection(fmt.Sprintf("a to b, TCP %d", d), a, bb, x, y, d, fromA, fromB)
+		connection(fmt.Sprintf("r to b, TCP %d", d), r, bb, far, y, d, fromNet, fromB)
+		connection(fmt.Sprintf("a to r, TCP %d", d), a, r, x, far, d, fromA, fromNet)
+	}
+	connection("b to a", bb, a, y, x, 80, fromB, fromA)
+	connection("from outside by the stack", r, bb, world, y, 80, toB, fromB)
+	connection("to the outside", a, r, x, world, 443, fromA, toA)
+	connection("translated to b", a, bb, x, y, 81, toB, fromB)
+	connection("host to b", r, bb, world.Next(), y, 80, fromHost, fromB)
+	datagrams("a to b, UDP", a, bb, x, y, 53, fromA, fromB)
+	datagrams("b to a, UDP", bb, a, y, x, 53, fromB, fromA)
+	datagrams("r to b, UDP", r, bb, far, y, 53, fromNet, fromB)
+	datagrams("translated to r", a, r, x, far, 53, toNet, fromNet)
+	q, _ := pairUDP(a, bb, x, y, 53)
+	add("unanswered", one(fromA(q)), one(fromA(q)))
+	q, _ = pairUDP(r, bb, far, y, 53)
+	add("unanswered from r", one(fromNet(q)), one(fromNet(q)))
+	syn := tcp(a, at(x, 3999), at(y, 80), "S", 0)
+	add("half open", one(fromA(syn)), one(fromA(syn)))
+	add("echo", one(fromA(echo(a, x, y, 7, false)), fromB(echo(bb, y, x, 7, true))), one(fromA(echo(a, x, y, 7, false)), fromB(echo(bb, y, x, 7, true))))
+	add("echo from r", one(fromNet(echo(r, far, y, 8, false)), fromB(echo(bb, y, far, 8, true))), one(fromNet(echo(r, far, y, 8, false)), fromB(echo(bb, y, far, 8, true))))
+	add("echo reply alone", one(fromA(echo(a, x, y, 9, true))), one(fromA(echo(a, x, y, 9, true))))
+	s, t := at(x, 5000), at(y, 9)
+	add("sctp", one(fromA(sctp(a, s, t, 1)), fromB(sctp(bb, t, s, 2))), one(fromA(sctp(a, s, t, 0)), fromB(sctp(bb, t, s, 0))))
+	gre, back := raw(a, x, y, layers.IPProtocolGRE, make([]byte, 8)), raw(bb, y, x, layers.IPProtocolGRE, make([]byte, 8))
+	add("gre", one(fromA(gre), fromB(back)), one(fromA(gre), fromB(back)))
+	return all
+}
+
+func flowName(f maps.Flow) string {
+	return fmt.Sprintf("%s %s %s %d", f.Protocol, f.Opener, f.Responder, f.ICMPType)
+}
+
+// opened opens flows, and returns their names in the table of flows with what they are.
+func (b *bench) opened(all []dialogue) map[string]dialogue {
+	b.t.Helper()
+	known := make(map[string]dialogue)
+	for _, e := range all {
+		for _, s := range e.open {
+			if r := b.run(s.hook, s.frame, s.skb); r.action == actionShot {
+				b.t.Fatalf("%s: %s at %s", e.name, r.verdict, s.hook)
+			}
+		}
+		flows, err := b.maps.Flows()
+		if err != nil {
+			b.t.Fatal(err)
+		}
+		before := len(known)
+		for _, f := range flows {
+			if _, ok := known[flowName(f)]; !ok {
+				known[flowName(f)] = e
+			}
+		}
+		if len(known) != before+1 {
+			b.t.Fatalf("%s: %d flows, %d before: %+v", e.name, len(known), before, flows)
+		}
+	}
+	return known
+}
+
+// stopped tells which flows policy does not let go on.
+func (b *bench) stopped(flows map[string]dialogue) []string {
+	b.t.Helper()
+	var names []string
+	for name, e := range flows {
+		cut := 0
+		for _, s := range e.on {
+			r := b.run(s.hook, s.frame, s.skb)
+			if strings.HasPrefix(r.verdict, "drop_policy_") {
+				cut++
+			} else if r.action == actionShot {
+				b.t.Fatalf("%s: %s at %s", e.name, r.verdict, s.hook)
+			}
+		}
+		if cut != 0 && cut != len(e.on) {
+			b.t.Errorf("%s: %d of %d directions are cut", e.name, cut, len(e.on))
+		}
+		if cut != 0 {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+// dump is what all maps hold, byte by byte, and the names of those that change by being looked at.
+func (n *node) dump() map[string]map[string]string {
+	n.t.Helper()
+	all := make(map[string]map[string]string)
+	for name := range bpf.Maps(&bpf.DataplaneObjects{}) {
+		m, err := ebpf.LoadPinnedMap(bpf.MapPath(n.dir, name), nil)
+		if err != nil {
+			n.t.Fatal(err)
+		}
+		defer m.Close()
+		if m.Type() == ebpf.RingBuf {
+			continue
+		}
+		all[name] = make(map[string]string)
+		var key []byte
+		entries := m.Iterate()
+		if m.Type() == ebpf.PerCPUArray || m.Type() == ebpf.PerCPUHash {
+			var values [][]byte
+			for entries.Next(&key, &values) {
+				all[name][string(key)] = string(bytes.Join(values, nil))
+			}
+		} else {
+			var value []byte
+			for entries.Next(&key, &value) {
+				all[name][string(key)] = string(value)
+			}
+		}
+		if err := entries.Err(); err != nil {
+			n.t.Fatalf("list %s: %v", name, err)
+		}
+	}
+	return all
+}
+
+// whatIf asks, and checks that nothing changed on the node by it.
+func (b *bench) whatIf(e *enforcer, inForce, candidate *policy.Model) (*whatif.Report, error) {
+	b.t.Helper()
+	events, err := b.maps.Events()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	defer events.Close()
+	events.SetDeadline(time.Unix(1, 0))
+	for err == nil {
+		_, err = events.Read()
+	}
+	before := b.dump()
+	var report *whatif.Report
+	var failed error
+	b.do(func() error {
+		report, failed = whatif.Run(context.Background(), whatif.Config{Maps: b.maps, InForce: inForce, Candidate: candidate, Numbers: e.compiler.Numbers()})
+		return nil
+	})
+	for name, now := range b.dump() {
+		if diff := cmp.Diff(before[name], now); diff != "" {
+			b.t.Errorf("%s is not what it was: %s", name, diff)
+		}
+	}
+	if ev, err := events.Read(); !errors.Is(err, os.ErrDeadlineExceeded) {
+		b.t.Errorf("the node told of something: %+v, %v", ev, err)
+	}
+	return report, failed
+}
+
+// What would be cut is what is cut then, at whatever hook its packets are seen; and asking changes nothing.
+func TestWhatIf(t *testing.T) {
+	tcpProto, udpProto := uint8(6), uint8(17)
+	only := func(s selector.Selector, ingress, egress *policy.Rules) *policy.Policy {
+		return &policy.Policy{ID: fmt.Sprintf("policy of %s", s), Selector: s, Ingress: ingress, Egress: egress}
+	}
+	named := func(name string) selector.Selector { return selector.In("name", name) }
+	rules := func(r ...policy.Rule) *policy.Rules { return &policy.Rules{Rules: r} }
+	port := func(action policy.Action, protocol *uint8, first, last uint16) policy.Rule {
+		return policy.Rule{Action: action, Protocol: protocol, Destination: policy.Peer{Ports: []policy.Ports{{First: first, Last: last}}}}
+	}
+	any, none := policy.Rule{Action: policy.Allow}, policy.Rule{Action: policy.Deny}
+	far := named("r")
+	candidates := []struct {
+		name     string
+		policies []*policy.Policy
+		cut      bool // some are, that pass before
+	}{
+		{"nothing", nil, false},
+		{"deny all to b", []*policy.Policy{only(named("b"), rules(none), nil)}, true},
+		{"deny all of b", []*policy.Policy{only(named("b"), rules(none), rules(none))}, true},
+		{"no HTTP to b", []*policy.Policy{only(named("b"), rules(port(policy.Deny, &tcpProto, 80, 81), any), nil)}, true},
+		{"only UDP from a", []*policy.Policy{only(named("a"), nil, rules(policy.Rule{Action: policy.Allow, Protocol: &udpProto}, none))}, true},
+		{"not to r", []*policy.Policy{only(named("a"), nil, rules(policy.Rule{Action: policy.Deny, Destination: policy.Peer{Selector: &far}}, any))}, true},
+		{"only from r", []*policy.Policy{only(named("b"), rules(policy.Rule{Action: policy.Allow, Source: policy.Peer{Selector: &far}}, none), nil)}, true},
+		{"no ICMP", []*policy.Policy{only(selector.Selector{}, rules(policy.Rule{Action: policy.Deny, Protocol: ptr(uint8(1))}, policy.Rule{Action: policy.Deny, Protocol: ptr(uint8(58))}, any), nil)}, true},
+		{"by source port", []*policy.Policy{only(named("b"), rules(policy.Rule{Action: policy.Deny, Protocol: &tcpProto, Source: policy.Peer{Ports: []policy.Ports{{First: 4000, Last: 4003}}}}, any), nil)}, true},
+	}
+	families(t, func(t *testing.T, b *bench, x, y netip.Addr) {
+		remote, world := b.r.v4, stranger4
+		if x.Is6() {
+			remote, world = b.r.v6, stranger6
+		}
+		b.r.name = "r"
+		endpoints := make(map[string]*policy.Endpoint)
+		for _, p := range []*pod{b.a, b.b} {
+			endpoints[p.name] = endpointOf(p)
+		}
+		endpoints["r"] = &policy.Endpoint{ID: "r", Addresses: []netip.Addr{remote}, Labels: map[string]string{"name": "r"}}
+		model := func(policies ...*policy.Policy) *policy.Model {
+			return &policy.Model{Endpoints: endpoints, Tiers: []policy.Tier{{Name: "default", Default: policy.Deny, Policies: policies}}}
+		}
+		e := b.enforce(b.a, b.b)
+		inForce := []*policy.Policy{only(selector.In("name", "a", "b"), rules(port(policy.Deny, &tcpProto, 8080, 8080), any), rules(any))}
+		inForce[0].ID = "first"
+		for _, c := range candidates {
+			t.Run(c.name, func(t *testing.T) {
+				b.t, b.node.t = t, t
+				b.purge(t)
+				e.set(model())
+				flows := b.opened(b.dialogues(x, y, remote, world))
+				e.set(model(inForce...))
+				denied := b.stopped(flows)
+				if len(denied) != 2 {
+					t.Fatalf("in force %q are denied, want those to port 8080 of b", denied)
+				}
+				wanted := model(append(slices.Clone(c.policies), inForce...)...)
+				report, err := b.whatIf(e, model(inForce...), wanted)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if report.Flows != len(flows) || report.Denied != len(denied) || len(report.Unjudged) != 0 {
+					t.Errorf("%d flows, %d denied, unjudged %+v; want %d, %d and none", report.Flows, report.Denied, report.Unjudged, len(flows), len(denied))
+				}
+				e.set(wanted)
+				now := b.stopped(flows)
+				want := slices.DeleteFunc(slices.Clone(now), func(s string) bool { return slices.Contains(denied, s) })
+				got := []string{}
+				for _, f := range report.Cut {
+					got = append(got, flowName(f.Flow))
+					if f.RuleID == 0 || f.Rule == "" || f.Text == "" || !strings.Contains(f.Rule, "policy of") {
+						t.Errorf("cut by %+v", f)
+					}
+				}
+				slices.Sort(got)
+				if diff := cmp.Diff(append([]string{}, want...), got); diff != "" {
+					t.Errorf("what is cut (-) is not what would be (+):\n%s", diff)
+				}
+				if c.cut != (len(got) > 0) {
+					t.Errorf("%d are cut", len(got))
+				}
+				if c.name == "nothing" && len(now) != len(denied) {
+					t.Errorf("%q", now)
+				}
+				e.set(model())
+			})
+		}
+	})
+}
+
+func ptr[T any](v T) *T { return &v }
