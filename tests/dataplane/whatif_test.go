@@ -30,15 +30,15 @@ type sight struct {
 	skb
 }
 
-// dialogue is a flow: the packets that open it, and those with which it goes on.
-type dialogue struct {
+// conversation is a flow: the packets that open it, and those with which it goes on.
+type conversation struct {
 	name     string
 	open, on []sight
 }
 
 // dialogues are flows of every protocol, seen at every hook, between pods a and b, pod r behind the uplink, the host and the
 // outside.
-func (b *bench) dialogues(x, y, far, world netip.Addr) []dialogue {
+func (b *bench) dialogues(x, y, far, world netip.Addr) []conversation {
 	var (
 		a, bb, r = b.a, b.b, b.r
 		fromA    = func(f []byte) sight { return sight{"from_pod", f, skb{ifindex: uint32(a.commit.IfIndex)}} }
@@ -56,8 +56,8 @@ func (b *bench) dialogues(x, y, far, world netip.Addr) []dialogue {
 		}
 		one     = func(s ...sight) []sight { return s }
 		port    = uint16(4000)
-		all     []dialogue
-		add     = func(name string, open, on []sight) { all = append(all, dialogue{name, open, on}) }
+		all     []conversation
+		add     = func(name string, open, on []sight) { all = append(all, conversation{name, open, on}) }
 		pairUDP = func(from, to *pod, src, dst netip.Addr, d uint16) (there, back []byte) {
 			port++
 			return udp(from, at(src, port), at(dst, d), 8), udp(to, at(dst, d), at(src, port), 8)
@@ -108,9 +108,9 @@ func flowName(f maps.Flow) string {
 }
 
 // opened opens flows, and returns their names in the table of flows with what they are.
-func (b *bench) opened(all []dialogue) map[string]dialogue {
+func (b *bench) opened(all []conversation) map[string]conversation {
 	b.t.Helper()
-	known := make(map[string]dialogue)
+	known := make(map[string]conversation)
 	for _, e := range all {
 		for _, s := range e.open {
 			if r := b.run(s.hook, s.frame, s.skb); r.action == actionShot {
@@ -135,7 +135,7 @@ func (b *bench) opened(all []dialogue) map[string]dialogue {
 }
 
 // stopped tells which flows policy does not let go on.
-func (b *bench) stopped(flows map[string]dialogue) []string {
+func (b *bench) stopped(flows map[string]conversation) []string {
 	b.t.Helper()
 	var names []string
 	for name, e := range flows {
