@@ -15,6 +15,7 @@ import (
 
 	"github.com/caracal-net/caracal/commit"
 	"github.com/caracal-net/caracal/loader"
+	"github.com/caracal-net/caracal/maps"
 	"github.com/caracal-net/caracal/policy"
 	"github.com/caracal-net/caracal/policy/policytest"
 )

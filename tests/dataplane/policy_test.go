@@ -638,7 +638,7 @@ func TestPodPolicy(t *testing.T) {
 	if err := commit.RemovePod(b.maps, b.a.commit); err != nil {
 		t.Fatal(err)
 	}
-	for _, p := range peersOf(t, b) {
+	for _, p := range peersOf(t, b.node) {
 		t.Errorf("%s is still %d", p.Prefix, p.Identity)
 	}
 	want("forward_pod", commit.AddPod(b.maps, b.a.commit)) // as anyone else
