@@ -268,9 +268,9 @@ static __always_inline void account(struct __sk_buff *ctx, struct flow_leg *leg,
 
 // bound is what ties a leg to its key. An element of a hash table may be given to another flow while a program holds it;
 // a leg that this happened to does not lead anybody's packets astray. The source is tied by ifindex_in.
-static __always_inline __u64 bound(const struct packet *p)
+static __always_inline __u64 bound(const struct flow_key *k, __u8 side)
 {
-	return *(const __u64 *)&p->key.port_a ^ (p->side ? cwords(p->key.address_a)[1] : cwords(p->key.address_b)[1]);
+	return *(const __u64 *)&k->port_a ^ (side ? cwords(k->address_a)[1] : cwords(k->address_b)[1]);
 }
 
 // stamp makes a leg current: invalid first, the epoch last, so that no other CPU uses half of it.
@@ -281,7 +281,7 @@ static __always_inline void stamp(struct flow_leg *leg, const struct packet *p, 
 	leg->ifindex_in = ifindex_in;
 	__builtin_memcpy(leg->to.hop, p->to.hop, 16);
 	WRITE_ONCE(*(__u64 *)&leg->to, *(__u64 *)&p->to);
-	leg->bound = bound(p);
+	leg->bound = bound(&p->key, p->side);
 	barrier();
 	WRITE_ONCE(leg->epoch, p->epoch);
 }
@@ -290,5 +290,15 @@ static __always_inline void stamp(struct flow_leg *leg, const struct packet *p, 
 static __always_inline bool current(const struct flow_leg *leg, const struct packet *p, __u32 ifindex_in, __u64 at)
 {
 	return READ_ONCE(leg->epoch) == p->epoch && READ_ONCE(leg->ifindex_in) == ifindex_in &&
-	       READ_ONCE(leg->bound) == bound(p) && at - leg->last_seen < FRESH;
+	       READ_ONCE(leg->bound) == bound(&p->key, p->side) && at - leg->last_seen < FRESH;
+}
+
+// vouched tells whether a packet of the other direction was judged in this epoch, and so the flow: what decides is the same for
+// both. That packet came from where this one goes; one out of the host's stack may be the host's own, which nobody judges.
+static __always_inline bool vouched(const struct packet *p, const struct flow *f)
+{
+	const struct flow_leg *other = &f->leg[(p->side & 1) ^ 1];
+
+	return p->to.ifindex && READ_ONCE(other->epoch) == p->epoch && READ_ONCE(other->ifindex_in) == p->to.ifindex &&
+	       READ_ONCE(other->bound) == bound(&p->key, !p->side);
 }

@@ -172,7 +172,7 @@ struct next_hop {
 
 // One direction of a flow. It lies on a cache line of its own, because each direction has its CPU.
 struct flow_leg {
-	__u32 epoch;      // in which it was judged; 0: never. Written last.
+	__u32 epoch;      // in which it was judged, or the other one was; 0: never. Written last.
 	__u32 ifindex_in; // by which its packets come; 0: out of the host's stack
 	struct next_hop to;
 	__u64 packets;   // wire segments; approximate

@@ -180,7 +180,8 @@ static __noinline int track(struct __sk_buff *ctx, struct packet *p, struct orig
 	through(p, f);
 	leg = &f->leg[p->side & 1];
 	if (!current(leg, p, o->ifindex, at)) {
-		if (o->entered != ENTERED_HOST && f->entered != ENTERED_HOST && (v = again(p, o, f, confirmed)))
+		if (o->entered != ENTERED_HOST && f->entered != ENTERED_HOST && !vouched(p, f) &&
+		    (v = again(p, o, f, confirmed)))
 			return v;
 		stamp(leg, p, o->ifindex);
 	}

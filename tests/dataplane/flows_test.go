@@ -83,6 +83,44 @@ func TestEpochOfLegs(t *testing.T) {
 	}
 }
 
+// Once one direction was judged in an epoch the other one is not, unless its packets were the host's own: these always pass,
+// and say nothing of the pod's.
+func TestJudgedOncePerEpoch(t *testing.T) {
+	families(t, func(t *testing.T, b *bench, x, y netip.Addr) {
+		there, back := udp(b.a, at(x, 4000), at(y, 80), 1), udp(b.b, at(y, 80), at(x, 4000), 1)
+		allowed := []maps.PolicyRow{row(100, 0, 0, 0, 0, allow, 1)}
+		b.rows(allowed...)
+		b.policy(b.a, 100, 0)
+		check(t, there, b.fromA(there), "forward_pod")
+		check(t, back, b.fromB(back), "forward_pod")
+		fromA := func() { t.Helper(); check(t, there, b.fromA(there), "forward_pod") }
+		fromB := func() { t.Helper(); check(t, back, b.fromB(back), "forward_pod") }
+		for _, order := range [][2]func(){{fromA, fromB}, {fromB, fromA}} {
+			b.rows(allowed...)
+			b.raise()
+			order[0]()
+			if err := b.maps.RemovePolicy([]maps.PolicyKey{allowed[0].PolicyKey}); err != nil { // who asks is denied
+				t.Fatal(err)
+			}
+			order[1]()
+		}
+		b.raise()
+		check(t, back, b.fromB(back), "drop_policy_unknown")
+
+		if x.Is6() {
+			return // the node has no IPv6 address
+		}
+		b.policy(b.a, 0, 0)
+		there, back = udp(b.a, at(x, 4000), at(outside, 53), 1), udp(b.a, at(outside, 53), at(x, 4000), 1)
+		fromHost := func() result { return b.run("to_pod", back, skb{ifindex: uint32(b.a.commit.IfIndex)}) }
+		check(t, there, b.fromA(there), "stack_routed")
+		check(t, back, fromHost(), "forward_from_stack")
+		b.policy(b.a, 9, 0)
+		check(t, back, fromHost(), "forward_from_stack")
+		check(t, there, b.fromA(there), "drop_policy_egress")
+	})
+}
+
 // Policy is judged as opener's egress and responder's ingress, whoever speaks.
 func TestOrientation(t *testing.T) {
 	for name, pair := range map[string]func(*bench) [2]netip.AddrPort{"v4": (*bench).v4pair, "v6": (*bench).v6pair} {
