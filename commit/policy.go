@@ -16,46 +16,65 @@ import (
 //
 // Whoever is killed on the way leaves either the old policy in force or the new one, and maps.RaiseEpoch cleans up.
 func SetPolicy(m *maps.Maps, d *policy.Delta, ifindex func(endpoint string) (uint32, bool)) error {
-	if d.Empty() {
-		return nil
-	}
-	if err := m.Settle(); err != nil {
+	settle, err := PutPolicy(m, d, ifindex)
+	if err != nil {
 		return err
 	}
+	return settle()
+}
+
+// PutPolicy is the first half of SetPolicy, after which the change is in force. The caller keeps the node lock and calls
+// settle, the second half, which waits 10 to 20 ms for running programs.
+func PutPolicy(m *maps.Maps, d *policy.Delta, ifindex func(endpoint string) (uint32, bool)) (settle func() error, err error) {
+	if d.Empty() {
+		return func() error { return nil }, nil
+	}
+	if err := m.Settle(); err != nil {
+		return nil, err
+	}
 	put := rows(d.PutRows)
-	err := m.PutPolicy(put)
-	if err == nil {
-		err = stage(m, d, ifindex)
+	var staged staged
+	if err = m.PutPolicy(put); err == nil {
+		staged, err = stage(m, d, ifindex)
 	}
 	if err != nil {
 		// Nothing of it is in force. The keys of its rows are new ones, so that no other policy's rows go with them.
-		return errors.Join(fmt.Errorf("the policy that was in force stays: %w", err), m.Settle(), m.TrimPeers(prefixes(d.PutPeers)), m.RemovePolicy(keys(put)))
+		return nil, errors.Join(fmt.Errorf("the policy that was in force stays: %w", err), m.Settle(), m.TrimPeers(prefixes(d.PutPeers)), m.RemovePolicy(keys(put)))
 	}
 	if _, err := m.Flip(); err != nil {
-		return err
+		return nil, err
 	}
-	if err := maps.Quiesce(); err != nil {
-		return err
-	}
-	if err := m.Settle(); err != nil {
-		return err
-	}
-	return errors.Join(m.RemovePeers(prefixes(d.DeletePeers)), m.RemovePolicy(keys(rows(d.DeleteRows))))
+	return func() error {
+		if err := maps.Quiesce(); err != nil {
+			return err
+		}
+		if err := staged.settle(m); err != nil {
+			return err
+		}
+		return errors.Join(m.RemovePeers(prefixes(d.DeletePeers)), m.RemovePolicy(keys(rows(d.DeleteRows))))
+	}, nil
+}
+
+// staged is what differs in the slots of an epoch and the next.
+type staged struct {
+	peers []netip.Prefix
+	pods  []uint32
 }
 
 // stage writes what pods and peers are from the next epoch on.
-func stage(m *maps.Maps, d *policy.Delta, ifindex func(string) (uint32, bool)) error {
+func stage(m *maps.Maps, d *policy.Delta, ifindex func(string) (uint32, bool)) (s staged, err error) {
 	if err := m.Stage(); err != nil {
-		return err
+		return s, err
 	}
 	var peers []maps.Peer
 	for _, changes := range [][]policy.PeerChange{d.PutPeers, d.DeletePeers} {
 		for _, c := range changes {
 			peers = append(peers, maps.Peer{Prefix: c.Prefix, Next: c.After})
 		}
+		s.peers = append(s.peers, prefixes(changes)...)
 	}
 	if err := m.StagePeers(peers); err != nil {
-		return err
+		return s, err
 	}
 	for id, p := range d.PutPods {
 		i, ok := ifindex(id)
@@ -63,10 +82,24 @@ func stage(m *maps.Maps, d *policy.Delta, ifindex func(string) (uint32, bool)) e
 			continue
 		}
 		if err := m.StagePod(i, p.Egress, p.Ingress); err != nil && !errors.Is(err, maps.ErrNotFound) {
+			return s, err
+		}
+		s.pods = append(s.pods, i)
+	}
+	return s, nil
+}
+
+// settle makes what was staged the same in both slots. It is maps.Settle without looking at all pods and peers.
+func (s staged) settle(m *maps.Maps) error {
+	for _, i := range s.pods {
+		if err := m.SettlePod(i); err != nil && !errors.Is(err, maps.ErrNotFound) {
 			return err
 		}
 	}
-	return nil
+	if err := m.SettlePeers(s.peers); err != nil {
+		return err
+	}
+	return m.Settled()
 }
 
 func prefixes(changes []policy.PeerChange) []netip.Prefix {

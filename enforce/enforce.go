@@ -80,14 +80,15 @@ type State struct {
 	Rules      int       `json:"rules"`
 	Pods       int       `json:"pods"` // of this node
 	Commits    int       `json:"commits"`
-	Took       float64   `json:"tookSeconds"` // the last commit
+	Took       float64   `json:"tookSeconds"` // the last one, until it was in force
 	Refused    []string  `json:"refused"`     // what can't be put in force, and why
 }
 
 // Result is what a Commit did.
 type Result struct {
-	Changed                bool   // something was written
-	Epoch                  uint32 // of the node afterwards
+	Changed                bool      // something was written
+	InForce                time.Time // when it was in force
+	Epoch                  uint32    // of the node afterwards
 	RowsPut, RowsDeleted   int
 	PeersPut, PeersDeleted int
 	Pods                   int // that have other policies now
@@ -284,8 +285,12 @@ func (c change) order() int {
 	return 1
 }
 
-// retryRefused is how long what does not compile is left alone while nothing of it changes.
-const retryRefused = 10 * time.Second
+// What can't be put in force is tried again with whatever else changes, but when that takes long not each time: it is left
+// alone for so many times what the last attempt took, and at most so long.
+const (
+	retryShare   = 20
+	retryRefused = 10 * time.Second
+)
 
 // Commit puts in force what was noted: it compiles, saves what changed, and writes the differences to the maps under the node
 // lock, all in force at once. What can't be converted, compiled or does not fit is left as it was and named by the error,
@@ -302,7 +307,7 @@ func (p *Policy) Commit(ctx context.Context) (Result, error) {
 		changes = append(changes, change{key, p.model.inForce[key], t})
 	}
 	if len(p.refused) > 0 && !began.Before(p.retry) {
-		p.retry = began.Add(retryRefused)
+		defer func() { p.retry = time.Now().Add(min(retryShare*time.Since(began), retryRefused)) }()
 		for key, r := range p.refused {
 			changes = append(changes, change{key, p.model.inForce[key], r.thing})
 		}
@@ -453,7 +458,7 @@ func (p *Policy) save(ctx context.Context, changes []change, back bool) error {
 
 // write puts a delta in force, with what else differs in the maps.
 func (p *Policy) write(ctx context.Context, d *policy.Delta, changes []change) (Result, error) {
-	if !p.unsure { // then there may be nothing to write, and nobody need wait
+	if put, deleted := d.Rows(); !p.unsure && put+deleted+len(d.PutPeers)+len(d.DeletePeers) == 0 { // nobody need wait for nothing
 		whole, _, err := p.complete(d, changes)
 		if err != nil || whole.Empty() {
 			return Result{}, err
@@ -468,12 +473,17 @@ func (p *Policy) write(ctx context.Context, d *policy.Delta, changes []change) (
 	if err != nil {
 		return Result{}, err
 	}
-	if err := commit.SetPolicy(p.Maps, whole, func(id string) (uint32, bool) { i, ok := ifindex[id]; return i, ok }); err != nil {
+	settle, err := commit.PutPolicy(p.Maps, whole, func(id string) (uint32, bool) { i, ok := ifindex[id]; return i, ok })
+	inForce := time.Now()
+	if err == nil {
+		err = settle()
+	}
+	if err != nil {
 		p.unsure = p.unsure || !errors.Is(err, maps.ErrFull)
 		return Result{}, err
 	}
 	p.unsure = false
-	r := Result{Changed: !whole.Empty(), PeersPut: len(whole.PutPeers), PeersDeleted: len(whole.DeletePeers), Pods: len(whole.PutPods)}
+	r := Result{Changed: !whole.Empty(), InForce: inForce, PeersPut: len(whole.PutPeers), PeersDeleted: len(whole.DeletePeers), Pods: len(whole.PutPods)}
 	r.RowsPut, r.RowsDeleted = whole.Rows()
 	return r, nil
 }
@@ -558,7 +568,7 @@ func (p *Policy) record(r *Result, began time.Time) error {
 	size := tables.Size()
 	s := &p.state
 	if r.Changed {
-		s.Epoch, s.Since, s.Took = r.Epoch, time.Now(), time.Since(began).Seconds()
+		s.Epoch, s.Since, s.Took = r.Epoch, r.InForce, r.InForce.Sub(began).Seconds()
 		s.Commits++
 		p.untidy = p.untidy || p.filed
 	}

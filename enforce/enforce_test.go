@@ -22,13 +22,13 @@ import (
 
 // host is a node with real maps and a policy.
 type host struct {
-	*testing.T
+	testing.TB
 	cfg  Config
 	p    *Policy
 	pods []node.Endpoint
 }
 
-func newHost(t *testing.T, cfg loader.Config) *host {
+func newHost(t testing.TB, cfg loader.Config) *host {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("kernel maps take root")
@@ -51,7 +51,7 @@ func newHost(t *testing.T, cfg loader.Config) *host {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { m.Close() })
-	h := &host{T: t, cfg: Config{Dir: t.TempDir(), Maps: m, Node: "h1"}}
+	h := &host{TB: t, cfg: Config{Dir: t.TempDir(), Maps: m, Node: "h1"}}
 	h.load()
 	return h
 }
@@ -86,7 +86,7 @@ func (h *host) addPod(namespace, name, addr string, labels map[string]string) no
 
 func (h *host) put(yaml string) {
 	h.Helper()
-	for _, r := range parse(h.T, yaml) {
+	for _, r := range parse(h.TB, yaml) {
 		h.p.Put(r)
 	}
 }
