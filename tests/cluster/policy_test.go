@@ -230,6 +230,16 @@ func TestPolicyAgent(t *testing.T) {
 		return nil
 	})
 
+	shown := ctl(t, h, "", "policy", "show", "web")
+	for _, want := range []string{
+		"default/web  ingress    default  GlobalNetworkPolicy far-away  ingress[0]  allow ICMP\n",
+		`ingress[1]  allow TCP to port 80 from pods with at == "far"`, "default  -                             -           deny everything else\n", "allow everything else: no profile\n",
+	} {
+		if !strings.Contains(shown, want) {
+			t.Errorf("no %q in\n%s", want, shown)
+		}
+	}
+
 	ping, stop := context.WithCancel(ctx)
 	defer stop()
 	var outs []*bytes.Buffer
@@ -245,6 +255,9 @@ func TestPolicyAgent(t *testing.T) {
 	must(t, h.Signal(ctx, "caracald", 9))
 	p.open(80, true, p.far)
 	p.open(80, false, p.near)
+	if alone := ctl(t, h, "", "policy", "show", "web"); alone != shown {
+		t.Errorf("without an agent:\n%s\nwant\n%s", alone, shown)
+	}
 	// Nothing of what it finds is new, so it writes nothing.
 	must(t, h.StartAgent(ctx))
 	is(t, h, "knows policy", func(s agent.Status) bool {

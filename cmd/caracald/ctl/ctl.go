@@ -99,6 +99,7 @@ Reading commands change nothing. Exit code 0: done; 1: an error, or a check foun
 		newFlowsCommand(g),
 		newCountersCommand(g),
 		newWhyCommand(g),
+		newPolicyCommand(g),
 		newIPAMCommand(g),
 		newNodeCommand(g),
 		newBGPCommand(g),
