@@ -154,6 +154,7 @@ func (s *policies) run(ctx context.Context) {
 		case <-s.wake:
 		case q := <-s.asks:
 			asked = append(asked, q)
+			read = k.read.IsZero() // of one pod alone nothing can be said
 		case now := <-tick.C:
 			k.tidy(now)
 			if !k.due(now) {

@@ -235,11 +235,31 @@ func (p *Policy) SetLocal(endpoints []node.Endpoint) {
 	}
 }
 
-// PutLocal notes a pod of this node, beside the others, from the next Commit on.
+// PutLocal notes a pod of this node, beside the others, from the next Commit on. Others that had an address of it are gone: it
+// would not have been given to two.
 func (p *Policy) PutLocal(e node.Endpoint) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.note(localPrefix+EndpointID(p.Node, e), thing{pod: &e})
+	key := localPrefix + EndpointID(p.Node, e)
+	var gone []string
+	look := func(other string, pod *node.Endpoint) {
+		if other != key && pod != nil && slices.ContainsFunc(pod.Addrs, func(a netip.Addr) bool { return slices.Contains(e.Addrs, a) }) {
+			gone = append(gone, other)
+		}
+	}
+	for id, pod := range p.model.local {
+		look(localPrefix+id, pod)
+	}
+	for other, t := range p.pending {
+		look(other, t.pod)
+	}
+	for other, r := range p.refused {
+		look(other, r.pod)
+	}
+	for _, other := range gone {
+		p.note(other, thing{})
+	}
+	p.note(key, thing{pod: &e})
 }
 
 func (p *Policy) note(key string, t thing) {
