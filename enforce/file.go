@@ -194,8 +194,8 @@ func checkFile(f *os.File) error {
 		return err
 	case !st.Mode().IsRegular():
 		return boltfile.Invalid("not a file but %s", st.Mode().Type())
-	case st.Size() == 0:
-		return boltfile.Invalid("it is empty")
+	case st.Size() < int64(2*os.Getpagesize()): // its two heads
+		return boltfile.Invalid("%d bytes long", st.Size())
 	}
 	return nil
 }
