@@ -414,7 +414,7 @@ static long purge_flow(void *map, struct flow_key *k, struct flow *f, struct pur
 	struct flow_key copy = *k; // the walk's own may only be read
 
 	if (purged(a, k, f))
-		a->removed += remove_flow(&copy, f);
+		a->removed += remove_for_user(&copy, f);
 	return 0;
 }
 
@@ -461,7 +461,7 @@ static long sweep_place(__u32 i, struct sweep_args *a)
 	k = *place; // not in work(): this runs with interrupts on
 	f = bpf_map_lookup_elem(&caracal_flows, &k);
 	if (f && expired(&k, f, a->now))
-		a->removed += remove_flow(&k, f);
+		a->removed += remove_for_user(&k, f);
 	return 0;
 }
 

@@ -308,16 +308,18 @@ type DataplaneUplink struct {
 }
 
 type DataplaneWork struct {
-	_      structs.HostLayout
-	Host   DataplaneNat
-	Pod    DataplaneNat
-	Inner  DataplaneFlowKey
-	Answer DataplaneFlowKey
-	Held   DataplaneFlowKey
-	Taken  DataplaneFlowKey
-	Flow   DataplaneFlow
-	Event  DataplaneEvent
-	Judged struct {
+	_          structs.HostLayout
+	Host       DataplaneNat
+	Pod        DataplaneNat
+	Inner      DataplaneFlowKey
+	Answer     DataplaneFlowKey
+	Held       DataplaneFlowKey
+	Gone       DataplaneFlowKey
+	GoneAnswer DataplaneFlowKey
+	Taken      DataplaneFlowKey
+	Flow       DataplaneFlow
+	Event      DataplaneEvent
+	Judged     struct {
 		_           structs.HostLayout
 		RuleEgress  uint32
 		RuleIngress uint32

@@ -77,11 +77,13 @@ static __always_inline bool by_stack(enum flow_entry entered)
 	return entered == ENTERED_STACK || entered == ENTERED_HOST;
 }
 
-// remove_flow removes a confirmed flow; of several removers at once one gives back its charge. Who takes the charge out of
-// the element has the flow to itself: it cannot go, nor its key come back with another charge, until it is removed here.
-static __noinline long remove_flow(const struct flow_key *k, struct flow *f)
+// take_out removes a confirmed flow but for its entries in caracal_nat; of several removers at once one gives back its charge. Who
+// takes the charge out of the element has the flow to itself: it cannot go, nor its key come back with another charge, until it
+// is removed here. Returns 0: somebody else did; 1: removed; 2: removed, and it was masqueraded.
+static __always_inline int take_out(const struct flow_key *k, struct flow *f)
 {
 	__u32 charged = __sync_lock_test_and_set(&f->charged, 0);
+	bool masqueraded;
 
 	if (!charged)
 		return 0;
@@ -89,14 +91,31 @@ static __noinline long remove_flow(const struct flow_key *k, struct flow *f)
 		WRITE_ONCE(f->charged, charged);
 		return 0;
 	}
-	bool masqueraded = f->masqueraded;
-
+	masqueraded = f->masqueraded;
 	tally_flow(f, flow_rules(f), false);
 	bpf_map_delete_elem(&caracal_flows, k);
-	if (masqueraded)
-		forget_nat(k);
 	uncharge(charged);
-	return 1;
+	return masqueraded ? 2 : 1;
+}
+
+// remove_flow removes a confirmed flow, for the hooks. 1: it did.
+static __noinline long remove_flow(const struct flow_key *k, struct flow *f)
+{
+	int out = take_out(k, f);
+
+	if (out == 2)
+		forget_nat(k);
+	return out > 0;
+}
+
+// remove_for_user is remove_flow for programs that user space runs.
+static __noinline long remove_for_user(const struct flow_key *k, struct flow *f)
+{
+	int out = take_out(k, f);
+
+	if (out == 2)
+		forget_nat_for_user(k);
+	return out > 0;
 }
 
 // taker finds the flow whose key is in a place of caracal_slots: in w->taken, because another CPU may give the place away.

@@ -369,9 +369,10 @@ struct judgement {
 struct work {
 	struct nat host, pod; // the entries of a masqueraded flow
 	struct flow_key inner, answer,
-	    held;              // its tuples, of the pod and outside; the inner one of who has the port it wants
-	struct flow_key taken; // what held a place of caracal_slots
-	struct flow flow;      // the flow that is opened, or confirmed
+	    held; // its tuples, of the pod and outside; the inner one of who has the port it wants
+	struct flow_key gone, gone_answer; // likewise, of a flow that is removed
+	struct flow_key taken;             // what held a place of caracal_slots
+	struct flow flow;                  // the flow that is opened, or confirmed
 	struct event event;
 	struct judgement judged; // of this packet's flow, once judge() was asked
 	struct judgement first;  // of a packet that may open it from either side: as if its sender had

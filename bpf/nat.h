@@ -28,19 +28,33 @@ static __always_inline struct nat *find_nat(const struct flow_key *k)
 // functions, so that the verifier walks them once; Linux 6.1 takes no argument of such a one for a key.
 __noinline int forget_nat(const struct flow_key *of)
 {
-	struct flow_key k, other = {};
+	struct work *w = work();
 	struct nat *n;
 
-	if (!of)
+	if (!of || !w)
 		return 0;
-	k = *of; // not in work(): user space runs programs that come here with interrupts on
-	n = bpf_map_lookup_elem(&caracal_nat, &k);
+	w->gone = *of;
+	n = bpf_map_lookup_elem(&caracal_nat, &w->gone);
 	if (!n)
 		return 0;
-	swapped(&other, &k, n);
-	bpf_map_delete_elem(&caracal_nat, &other);
-	bpf_map_delete_elem(&caracal_nat, &k);
+	swapped(&w->gone_answer, &w->gone, n);
+	bpf_map_delete_elem(&caracal_nat, &w->gone_answer);
+	bpf_map_delete_elem(&caracal_nat, &w->gone);
 	return 0;
+}
+
+// forget_nat_for_user is forget_nat for programs that user space runs. A packet may come in between on the same CPU, so it has no
+// use for work(), and these have the stack.
+static __always_inline void forget_nat_for_user(const struct flow_key *k)
+{
+	struct nat *n = bpf_map_lookup_elem(&caracal_nat, k);
+	struct flow_key other = {};
+
+	if (!n)
+		return;
+	swapped(&other, k, n);
+	bpf_map_delete_elem(&caracal_nat, &other);
+	bpf_map_delete_elem(&caracal_nat, k);
 }
 
 // keep_nat moves the entries of a flow that was confirmed to where nothing displaces them, unless it is gone already.
