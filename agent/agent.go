@@ -80,6 +80,7 @@ type Agent struct {
 	own         []netip.Prefix // blocks of this node, as announced
 	uplinkNames []string
 	speaking    *bgp.Speaker // speaker, for those who ask
+	displaced   uint64       // flows, as last told
 }
 
 // Problem is something that is not as it should be. It goes when it is over.
@@ -120,6 +121,7 @@ func Run(ctx context.Context, c Config, s store.Store) error {
 	wg.Go(func() { a.watchLocal(ctx) })
 	wg.Go(func() { a.watchLinks(ctx) })
 	wg.Go(func() { a.watchEvents(ctx) })
+	wg.Go(func() { a.tendFlows(ctx) })
 	a.loop(ctx)
 	if a.speaker != nil {
 		return a.speaker.Close(true)

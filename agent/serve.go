@@ -176,10 +176,7 @@ func (a *Agent) metrics() http.Handler {
 		gauge("caracal_policy_refused", "Resources about policy that are not in force as people want them.", len(s.Policy.Refused))
 		fmt.Fprintf(w, "# HELP caracal_policy_commit_seconds How long the last change of policy took to be compiled and put in force.\n# TYPE caracal_policy_commit_seconds gauge\ncaracal_policy_commit_seconds %g\n", s.Policy.Took)
 		fmt.Fprintf(w, "# HELP caracal_policy_commits_total Changes of policy that this agent put in force.\n# TYPE caracal_policy_commits_total counter\ncaracal_policy_commits_total %d\n", s.Policy.Commits)
-		if state, err := a.maps.State(); err == nil {
-			gauge("caracal_flows", "Confirmed flows.", int(state.Flows))
-			gauge("caracal_flows_max", "Places for flows.", int(state.MaxFlows))
-		}
+		a.flowMetrics(w)
 		events, forgotten := a.journal.counts()
 		fmt.Fprint(w, "# HELP caracal_events_total Events that the programs told of, by kind.\n# TYPE caracal_events_total counter\n")
 		for _, kind := range slices.Sorted(maps.Keys(events)) {

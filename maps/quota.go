@@ -36,6 +36,16 @@ func (m *Maps) Quota(ifindex uint32) (Quota, error) {
 	return Quota{Flows: q.Flows, Limit: q.Limit}, nil
 }
 
+// Quotas are the shares of all pods, by the ifindex of their host interfaces.
+func (m *Maps) Quotas() (map[uint32]Quota, error) {
+	all := make(map[uint32]Quota)
+	err := each(m.quota, func(ifindex *uint32, q *bpf.DataplaneQuota) { all[*ifindex] = Quota{Flows: q.Flows, Limit: q.Limit} })
+	if err != nil {
+		return nil, fmt.Errorf("list quotas: %w", err)
+	}
+	return all, nil
+}
+
 // RemoveQuota removes a pod's share. None there is not an error.
 func (m *Maps) RemoveQuota(ifindex uint32) error {
 	if err := remove(m.quota, ifindex); err != nil {
