@@ -27,7 +27,7 @@ func TestOracle(t *testing.T) {
 	if testing.Short() {
 		models, least = 50, 5_000
 	}
-	o := newOracle(t)
+	o := newOracle(t, isLocal)
 	policytest.Check(t, 1, models, packets, o.verify)
 	if o.judged < least {
 		t.Errorf("of %d packets %d were judged, want %d", models*packets, o.judged, least)
@@ -35,11 +35,41 @@ func TestOracle(t *testing.T) {
 	t.Logf("%d packets judged, %d of them denied; %d models refused", o.judged, o.denied, o.refused)
 }
 
+// TestSituations sends the packets of the situations that are known for what must come of them through the programs: with all
+// pods on one node, and with some elsewhere, whose side of it the node has no say in.
+func TestSituations(t *testing.T) {
+	all := policytest.Situations(t, "../../policy/testdata")
+	for name, local := range map[string]func(string) bool{"one node": func(id string) bool { return id != "" }, "several nodes": isLocal} {
+		t.Run(name, func(t *testing.T) {
+			o := newOracle(t, local)
+			probes := 0
+			for _, s := range all {
+				var packets []policy.Packet
+				for _, p := range s.Probes {
+					packets = append(packets, p.Packet)
+					if want := o.want(s.Model, p.Packet); name == "one node" && want != p.Want {
+						t.Errorf("%s, line %d: %s, want %s", s.Name, p.Line, want, p.Want)
+					}
+				}
+				probes += len(packets)
+				if i, err := o.verify(s.Model, packets); err != nil {
+					t.Errorf("%s, line %d: %v", s.Name, s.Probes[i].Line, err)
+				}
+			}
+			if o.refused != 0 {
+				t.Errorf("%d situations were refused", o.refused)
+			}
+			t.Logf("%d situations, %d of %d packets judged, %d of them denied", len(all), o.judged, probes, o.denied)
+		})
+	}
+}
+
 // oracle is a node that has one model after the other.
 type oracle struct {
 	*bench
 	*enforcer
 	spare []*pod // interfaces for endpoints
+	local func(id string) bool
 
 	judged, denied, refused int
 	serial                  uint16
@@ -51,9 +81,9 @@ func isLocal(id string) bool {
 	return h.Sum32()%4 != 0
 }
 
-func newOracle(t *testing.T) *oracle {
+func newOracle(t *testing.T, local func(id string) bool) *oracle {
 	b := newBench(t, loader.Config{MaxFlows: 4096})
-	o := &oracle{bench: b, enforcer: newEnforcer(t, b.maps, isLocal)}
+	o := &oracle{bench: b, enforcer: newEnforcer(t, b.maps, local), local: local}
 	for _, p := range []*pod{o.a, o.b} { // whose addresses endpoints may have
 		if err := commit.RemovePod(o.maps, p.commit); err != nil {
 			t.Fatal(err)
@@ -64,7 +94,7 @@ func newOracle(t *testing.T) *oracle {
 			t.Fatal(err)
 		}
 	}
-	for i := range 12 {
+	for i := range 24 {
 		p := &pod{name: fmt.Sprintf("o%d", i), hostIf: fmt.Sprintf("cali-o%d", i)}
 		p.commit = commit.Pod{MAC: net.HardwareAddr{2, 0, 0, 0, 9, byte(i)}, HostMAC: gatewayMAC, MTU: 1500, Network: "test"}
 		o.do(func() error {
@@ -105,7 +135,7 @@ func (o *oracle) set(m *policy.Model, pods map[string]*pod) bool {
 func (o *oracle) verify(m *policy.Model, packets []policy.Packet) (int, error) {
 	pods := make(map[string]*pod)
 	for i, id := range slices.Sorted(stdmaps.Keys(m.Endpoints)) {
-		if !isLocal(id) {
+		if !o.local(id) {
 			continue
 		}
 		p := o.spare[i]
@@ -146,8 +176,14 @@ func (o *oracle) verify(m *policy.Model, packets []policy.Packet) (int, error) {
 		back.Source, back.Destination, back.SourcePort, back.TargetPort = p.Destination, p.Source, p.TargetPort, p.SourcePort
 		back.ICMPType, back.ICMPCode = 0, 0
 		frame, hook, s, ok := o.frame(m, pods, p)
-		if !ok || seen[back] { // it would be a reply
+		if !ok {
 			continue
+		}
+		if seen[back] { // else it would be a reply
+			if _, err := o.maps.PurgeFlows([]netip.Addr{p.Source}); err != nil {
+				o.t.Fatal(err)
+			}
+			delete(seen, back)
 		}
 		plain := p
 		plain.ICMPType, plain.ICMPCode = 0, 0
@@ -220,10 +256,10 @@ func (o *oracle) explained(at *pod, d policy.Direction, remote netip.Addr, p pol
 func (o *oracle) want(m *policy.Model, p policy.Packet) policy.Action {
 	f := m.Flow(p)
 	from, to := holder(m, p.Source.String()), holder(m, p.Destination.String())
-	if f.Egress != nil && isLocal(from) && f.Egress.Action == policy.Deny {
+	if f.Egress != nil && o.local(from) && f.Egress.Action == policy.Deny {
 		return policy.Deny
 	}
-	if f.Ingress != nil && isLocal(to) && f.Ingress.Action == policy.Deny {
+	if f.Ingress != nil && o.local(to) && f.Ingress.Action == policy.Deny {
 		return policy.Deny
 	}
 	return policy.Allow
