@@ -16,35 +16,16 @@ func everybody(string) bool { return true }
 // differs says where tables say something else than the evaluator of a packet, at the ends that are local.
 func differs(m *policy.Model, tables *policy.Tables, p policy.Packet) error {
 	for _, dir := range []policy.Direction{policy.Egress, policy.Ingress} {
-		own, remote := p.Source, p.Destination
+		own := p.Source
 		if dir == policy.Ingress {
-			own, remote = remote, own
+			own = p.Destination
 		}
 		e := m.At(own)
 		if e == nil {
 			continue
 		}
-		pod, local := tables.Pods[e.ID]
-		if !local {
-			continue
-		}
-		id := pod.Egress
-		if dir == policy.Ingress {
-			id = pod.Ingress
-		}
-		want := m.Evaluate(e.ID, dir, p)
-		row := tables.Lookup(id, remote, p)
-		ref := policy.RuleRef{Index: policy.NoRule}
-		if row.Rule != 0 {
-			info, known := tables.Rules[row.Rule]
-			if !known || info.Direction != dir {
-				return fmt.Errorf("%s of %s: rule %d is %v", dir, e.ID, row.Rule, info)
-			}
-			ref = info.RuleRef
-		}
-		if row.Action != want.Action || ref != want.Rule || (row.Flags&policy.FlagLog != 0) != want.Logged {
-			return fmt.Errorf("%s of %s: the tables say %s by %s, flags %d (policy %d, identity %d); it is %s by %s, logged %t",
-				dir, e.ID, row.Action, ref, row.Flags, id, tables.Identity(remote), want.Action, want.Rule, want.Logged)
+		if d := tables.Check(m, e.ID, dir, p); d != nil {
+			return d
 		}
 	}
 	return nil
