@@ -1,8 +1,12 @@
 package dataplane
 
 import (
+	"errors"
+	"os"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/caracal-net/caracal/loader"
 	"github.com/caracal-net/caracal/maps"
@@ -76,5 +80,89 @@ func TestSweep(t *testing.T) {
 	b.purge(t)
 	if c := b.churn(); c.Opening != 0 || c.Displaced != 0 {
 		t.Errorf("churn %+v after purge", c)
+	}
+}
+
+// Real connections end as TCP ends them, and their ports can be used again at once.
+func TestConnectionsEnd(t *testing.T) {
+	n := newNode(t, loader.Config{})
+	a, b := n.addPod("a", 1, loader.TCX), n.addPod("b", 2, loader.TCX)
+	listener := b.socket(t, unix.SOCK_STREAM, 7, false)
+	if err := unix.Listen(listener, 8); err != nil {
+		t.Fatal(err)
+	}
+	x, y := at(a.v4, 5000), at(b.v4, 7)
+	state := func(want string) {
+		t.Helper()
+		until(t, "state "+want, func() bool {
+			f, ok := n.flow("tcp", x, y)
+			return ok && f.State == want
+		})
+	}
+	meet := func() (client, server int) {
+		t.Helper()
+		client = a.socket(t, unix.SOCK_STREAM, 5000, false)
+		if err := unix.Connect(client, sockaddr(b.v4, 7)); err != nil {
+			t.Fatal(err)
+		}
+		server, _, err := unix.Accept(listener)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { unix.Close(server) })
+		state("open")
+		return client, server
+	}
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	hangUp := func(fd int) { // the number stays taken, for who closes it at the end
+		t.Helper()
+		if err := unix.Dup3(int(null.Fd()), fd, unix.O_CLOEXEC); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// By RST, of either side; each time the same ports again.
+	for _, byServer := range []bool{false, true} {
+		client, server := meet()
+		if byServer {
+			client, server = server, client
+		}
+		if err := unix.SetsockoptLinger(client, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}); err != nil {
+			t.Fatal(err)
+		}
+		hangUp(client)
+		state("closed")
+		if _, err := unix.Read(server, make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
+			t.Errorf("after the reset: %v", err)
+		}
+		hangUp(server)
+	}
+	// By FIN, first of one side, then of both.
+	client, server := meet()
+	if err := unix.Shutdown(client, unix.SHUT_WR); err != nil {
+		t.Fatal(err)
+	}
+	if k, err := unix.Read(server, make([]byte, 1)); k != 0 || err != nil {
+		t.Fatalf("read %d bytes, %v", k, err)
+	}
+	state("open")
+	pass(t, server, client) // half closed
+	hangUp(server)
+	state("closing")
+	if k, err := unix.Read(client, make([]byte, 1)); k != 0 || err != nil {
+		t.Fatalf("read %d bytes, %v", k, err)
+	}
+	// Nobody listens: the flow is over before it was confirmed.
+	refused := a.socket(t, unix.SOCK_STREAM, 5001, false)
+	x, y = at(a.v4, 5001), at(b.v4, 9)
+	if err := unix.Connect(refused, sockaddr(b.v4, 9)); !errors.Is(err, unix.ECONNREFUSED) {
+		t.Errorf("connect: %v", err)
+	}
+	state("closed")
+	if s := n.state(); s.Flows != 1 {
+		t.Errorf("%d confirmed flows, want one, of three connections on the same ports", s.Flows)
 	}
 }
