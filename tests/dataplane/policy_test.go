@@ -697,7 +697,7 @@ func TestUpgradeToPolicy(t *testing.T) {
 	pass(t, client, server)
 	for _, name := range []string{
 		bpf.DataplaneMapCaracalPeers, bpf.DataplaneMapCaracalPolicy, bpf.DataplaneMapCaracalRules,
-		bpf.DataplaneMapCaracalEvents, bpf.DataplaneMapCaracalTold,
+		bpf.DataplaneMapCaracalEvents, bpf.DataplaneMapCaracalTold, bpf.DataplaneMapCaracalChurn,
 	} {
 		if err := os.Remove(bpf.MapPath(n.dir, name)); err != nil {
 			t.Fatal(err)
@@ -721,8 +721,17 @@ func TestUpgradeToPolicy(t *testing.T) {
 	if err := work.Pin(path); err != nil {
 		t.Fatal(err)
 	}
+	if err := os.Remove(bpf.ProgramPath(n.dir, bpf.DataplaneProgSweep)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.maps.SweepFlows(0, 1); !errors.Is(err, maps.ErrNotLoaded) {
+		t.Errorf("sweep by programs that can't: %v", err)
+	}
 	n.do(func() error { return loader.Upgrade(loader.Config{Dir: n.dir}) })
 	pass(t, server, client)
+	if c := n.churn(); c.Displaced != 0 {
+		t.Errorf("churn %+v of flows that are older than it", c)
+	}
 	n.rows(row(100, 0, 0, 0, 0, deny, 1))
 	n.policy(b, 0, 100)
 	before := n.counts()
