@@ -323,9 +323,16 @@ func (a *Agent) attributes(e maps.Event) []slog.Attr {
 		end string
 		id  uint32
 	}{{"egress", e.RuleEgress}, {"ingress", e.RuleIngress}} {
-		if rule.id != 0 {
-			out = append(out, slog.Any(rule.end, rule.id))
+		if rule.id == 0 {
+			continue
 		}
+		text := fmt.Sprint(rule.id)
+		if p := a.policies.policy(); p != nil {
+			if r, known := p.Rule(rule.id); known {
+				text += fmt.Sprintf(" (%s)", r)
+			}
+		}
+		out = append(out, slog.String(rule.end, text))
 	}
 	return append(out, slog.Any("epoch", e.Epoch))
 }
