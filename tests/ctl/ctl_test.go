@@ -65,7 +65,7 @@ func TestScripts(t *testing.T) {
 					h := lab.New(t, cfg).Hosts()[0]
 					e.Values[runKey{}] = &run{t: t, host: h, ctl: ctl}
 					for k, v := range map[string]string{
-						"STATE": h.StateDir(), "BPFFS": h.BPFDir(), "CACHE": h.CacheDir(), "NET": h.Lab().Name,
+						"STATE": h.StateDir(), "BPFFS": h.BPFDir(), "CACHE": h.CacheDir(), "NET": h.Lab().Name, "SOCKET": h.Socket(), "AGENTLOG": h.AgentLog(),
 						"CARACAL_BOOT_ID_FILE": h.BootIDFile(), "PATH": e.Getenv("PATH") + ":/usr/sbin:/sbin",
 					} {
 						e.Setenv(k, v)

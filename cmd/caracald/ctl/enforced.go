@@ -22,7 +22,7 @@ type enforced struct {
 	model *policy.Model
 	local []pod // as node.db has them
 	weps  []api.Resource
-	rules map[uint32]policy.RuleInfo // by their ids in the maps
+	rules map[uint32]enforce.Rule // by their ids in the maps
 }
 
 // enforced reads what policy this node was told last, agent or not. Where nothing is known there is the model of its pods alone.
@@ -55,73 +55,69 @@ func (g *globals) enforced(cmd *cobra.Command) (*enforced, error) {
 			e.weps = append(e.weps, r)
 		}
 	}
-	own := make(map[string]bool)
-	for _, l := range local {
-		own[enforce.EndpointID(e.node, l)] = true
-	}
-	tables, err := policy.Compile(e.model, policy.Options{Local: func(id string) bool { return own[id] }, Numbers: numbers})
-	if err != nil {
-		return nil, fmt.Errorf("compile the policy that this node was told: %w", err)
-	}
-	e.rules = tables.Rules
-	for id := range e.rules {
-		if id >= numbers.Rules.Next { // a number that this compiler gave, and nobody else
-			delete(e.rules, id)
-		}
+	if e.rules, err = g.ruleNames(cmd, e.model, func(id string) bool {
+		return slices.ContainsFunc(local, func(l node.Endpoint) bool { return enforce.EndpointID(e.node, l) == id })
+	}, numbers); err != nil {
+		return nil, err
 	}
 	return e, nil
 }
 
-// ruleName says which rule it is, and what it says.
+// ruleNames says what the rule ids in the maps stand for: the agent knows; without one the same policy is compiled again.
+func (g *globals) ruleNames(cmd *cobra.Command, m *policy.Model, local func(id string) bool, numbers policy.Numbers) (map[uint32]enforce.Rule, error) {
+	var rules map[uint32]enforce.Rule
+	err := askAgent(cmd.Context(), g.socket, "/v1/policy/rules", &rules)
+	if err == nil && len(rules) > 0 {
+		return rules, nil
+	}
+	if err != nil && !errors.Is(err, errNoAgent) {
+		return nil, err
+	}
+	tables, err := policy.Compile(m, policy.Options{Local: local, Numbers: numbers})
+	if err != nil {
+		return nil, fmt.Errorf("compile the policy that this node was told: %w", err)
+	}
+	rules = make(map[uint32]enforce.Rule, len(tables.Rules))
+	for id, info := range tables.Rules {
+		if id < numbers.Rules.Next { // else it is a number that this compiler gave, and nobody has seen
+			rules[id] = enforce.RuleOf(info)
+		}
+	}
+	return rules, nil
+}
+
+// ruleName is a rule, and how the maps call it.
 type ruleName struct {
-	ID        uint32 `json:"id,omitempty"` // in the maps; 0: none, or not known
-	Tier      string `json:"tier,omitempty"`
-	Policy    string `json:"policy,omitempty"` // "": no policy applies
-	Direction string `json:"direction,omitempty"`
-	Index     int    `json:"index"`           // in its direction's list from 0; -1: the end of a tier or of the profiles
-	Place     string `json:"place,omitempty"` // in the resource's spec: "ingress[0].from[1]"
-	Rule      string `json:"rule,omitempty"`  // in words
+	ID uint32 `json:"id,omitempty"` // 0: there is none, or it is not known
+	enforce.Rule
 }
 
 // nameOf names a rule. rule is nil where a list ends.
-func nameOf(id uint32, ref policy.RuleRef, d policy.Direction, rule *policy.Rule) ruleName {
-	n := ruleName{ID: id, Tier: ref.Tier, Policy: ref.Policy, Direction: d.String(), Index: ref.Index}
-	if rule != nil {
-		n.Place, n.Rule = rule.Place, rule.String()
+func (e *enforced) nameOf(ref policy.RuleRef, d policy.Direction, rule *policy.Rule) ruleName {
+	n := ruleName{Rule: enforce.RuleOf(policy.RuleInfo{RuleRef: ref, Direction: d, Rule: rule})}
+	for id, r := range e.rules {
+		if r == n.Rule {
+			n.ID = id
+		}
 	}
 	return n
 }
 
 // String says where the rule stands.
 func (n ruleName) String() string {
-	switch {
-	case n.Policy == "" && n.ID != 0:
+	if n.Policy == "" && n.ID != 0 {
 		return fmt.Sprintf("rule id %d, which is not in force any more", n.ID)
-	case n.Place == "":
-		return policy.RuleRef{Tier: n.Tier, Policy: n.Policy, Index: n.Index}.String()
-	case n.Tier == "":
-		return fmt.Sprintf("%s, spec.%s", n.Policy, n.Place)
 	}
-	return fmt.Sprintf("%s, spec.%s (tier %s)", n.Policy, n.Place, n.Tier)
+	return n.Rule.String()
 }
 
 // rule names a rule by its id in the maps.
 func (e *enforced) rule(id uint32) ruleName {
-	info, known := e.rules[id]
+	r, known := e.rules[id]
 	if !known {
-		return ruleName{ID: id, Index: policy.NoRule}
+		r.Index = policy.NoRule
 	}
-	return nameOf(id, info.RuleRef, info.Direction, info.Rule)
-}
-
-// ruleID is the id in the maps of a rule, 0 if it is not known.
-func (e *enforced) ruleID(ref policy.RuleRef, d policy.Direction) uint32 {
-	for id, info := range e.rules {
-		if info.RuleRef == ref && info.Direction == d {
-			return id
-		}
-	}
-	return 0
+	return ruleName{id, r}
 }
 
 // party is who has addresses: a pod of this node or of another.

@@ -336,9 +336,9 @@ func (c *whyCase) judgeEnd(d policy.Direction, end *whyEnd, remote netip.Addr) (
 			c.note("rules ask for the source's port: this is for %d; write another one behind the source", anySourcePort)
 		}
 	}
-	x := &oneEnd{Action: v.Action.String(), By: nameOf(c.ruleID(v.Rule, d), v.Rule, d, rule), Logged: v.Logged}
+	x := &oneEnd{Action: v.Action.String(), By: c.nameOf(v.Rule, d, rule), Logged: v.Logged}
 	if l, ok := v.Nearest(); ok {
-		x.Nearest = &miss{ruleName: nameOf(c.ruleID(l.Ref, d), l.Ref, d, l.Rule)}
+		x.Nearest = &miss{ruleName: c.nameOf(l.Ref, d, l.Rule)}
 		for _, t := range l.Missed {
 			text := c.model.Miss(l.Rule, t, c.packet)
 			if t.End == "destination" && c.port == 0 { // none was asked for
@@ -368,7 +368,7 @@ func (c *whyCase) lookUp(id uint32, remote netip.Addr, d policy.Direction) (*inM
 	if err != nil {
 		return nil, err
 	}
-	x := &inMaps{PolicyID: id, Identity: peer.Identity, Action: policy.Allow.String(), By: ruleName{Direction: d.String(), Index: policy.NoRule}}
+	x := &inMaps{PolicyID: id, Identity: peer.Identity, Action: policy.Allow.String(), By: c.nameOf(policy.RuleRef{Index: policy.NoRule}, d, nil)}
 	if id == 0 {
 		return x, nil
 	}
@@ -399,14 +399,14 @@ func (c *whyCase) compare(x *oneEnd, end whyEnd, v policy.Verdict, d policy.Dire
 	}
 	m := x.Maps
 	switch {
-	case m.PolicyID == maps.PolicyUnknown:
-		disagree("no policy is known for the pod yet, and until then the maps deny everything (\"policy\": {\"unknown\": \"deny\"} in its configuration)")
+	case m.PolicyID == maps.PolicyUnknown && c.enforced.node == "":
+		c.note("no policy is known yet, and until then everything of %s is denied: its configuration wants it so (policy.unknown)", end)
 	case m.Action == actionUnknown:
 		disagree("policy says %s, by %s; the maps have no rows for policy id %d, which denies everything", v.Action, x.By, m.PolicyID)
 	case m.Action != v.Action.String():
 		disagree("policy says %s, by %s; the maps say %s, by %s", v.Action, x.By, m.Action, m.by())
 	case v.Rule.Policy == "" && m.By.ID == 0: // nothing decides, here and there
-	case m.By.ID == 0 || m.By.Policy == "" || m.By.Policy != v.Rule.Policy || m.By.Index != v.Rule.Index || m.By.Tier != v.Rule.Tier:
+	case m.By.Rule != x.By.Rule:
 		disagree("both say %s, but policy by %s, the maps by %s", v.Action, x.By, m.by())
 	}
 }

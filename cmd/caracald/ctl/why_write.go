@@ -95,8 +95,8 @@ func (e whyEnd) words() string {
 
 func (o *oneEnd) write(line func(string, string, ...any), name string, of whyEnd) {
 	line(name, "%s: %s, by %s", of, o.Action, o.By)
-	if o.By.Rule != "" {
-		line("", "  which says: %s", o.By.Rule)
+	if o.By.Text != "" {
+		line("", "  which says: %s", o.By.Text)
 	}
 	if o.By.Index == policy.NoRule && o.By.Policy != "" {
 		line("", "  no rule before it matches")
@@ -106,7 +106,7 @@ func (o *oneEnd) write(line func(string, string, ...any), name string, of whyEnd
 	}
 	if n := o.Nearest; n != nil {
 		line("", "nearest miss: %s", n.ruleName)
-		line("", "  which says: %s", n.Rule)
+		line("", "  which says: %s", n.Text)
 		line("", "  but %s", strings.Join(n.Missed, ", and "))
 	}
 	switch m := o.Maps; {
