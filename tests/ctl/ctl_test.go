@@ -62,6 +62,9 @@ func TestScripts(t *testing.T) {
 					if strings.HasSuffix(script, "_outside.txtar") { // there is a world outside, and pods are masqueraded
 						cfg.Outside, cfg.Plugin = true, map[string]any{"ipMasq": true}
 					}
+					if strings.HasSuffix(script, "_agent.txtar") { // pools are the agent's matter
+						cfg.Cluster = true
+					}
 					h := lab.New(t, cfg).Hosts()[0]
 					e.Values[runKey{}] = &run{t: t, host: h, ctl: ctl}
 					for k, v := range map[string]string{

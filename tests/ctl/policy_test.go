@@ -2,6 +2,7 @@ package ctl
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"io"
 	"net"
@@ -10,6 +11,7 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"github.com/caracal-net/caracal/agent"
 	"github.com/caracal-net/caracal/api/manifest"
 	"github.com/caracal-net/caracal/enforce"
 	"github.com/caracal-net/caracal/maps"
@@ -98,9 +100,15 @@ func connect(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(err)
 }
 
-// agent: starts the node's agent.
+// agent: starts the node's agent, and waits until it has a block for pods.
 func agentCommand(ts *testscript.TestScript, _ bool, _ []string) {
-	ts.Check(of(ts).host.StartAgent(context.Background()))
+	h, ctx := of(ts).host, context.Background()
+	ts.Check(h.StartAgent(ctx))
+	until(ts, "the agent has a block", func() bool {
+		var s agent.Status
+		out, err := h.Exec(ctx, "caracalctl", "node", "status", "-o", "json")
+		return err == nil && json.Unmarshal([]byte(out), &s) == nil && s.Ready && len(s.Blocks) > 0
+	})
 }
 
 // seen TEXT ARG...: waits until ctl ARG... says TEXT.

@@ -100,6 +100,7 @@ Reading commands change nothing. Exit code 0: done; 1: an error, or a check foun
 		newCountersCommand(g),
 		newWhyCommand(g),
 		newPolicyCommand(g),
+		newRulesCommand(g),
 		newIPAMCommand(g),
 		newNodeCommand(g),
 		newBGPCommand(g),
