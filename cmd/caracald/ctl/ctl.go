@@ -72,6 +72,7 @@ Reading commands change nothing. Exit code 0: done; 1: an error, or a check foun
 		Example: `  caracalctl pods
   caracalctl flows --pod default/web -o json
   caracalctl counters --drops
+  caracalctl why default/web default/db:5432
   caracalctl ipam check
   caracalctl validate < /etc/cni/net.d/10-caracal.conflist`,
 		SilenceErrors: true,
