@@ -41,7 +41,10 @@ func (g *globals) enforced(cmd *cobra.Command) (*enforced, error) {
 	if err == nil {
 		e.node, err = enforce.NodeName(ctx, g.stateDir)
 	}
-	if err != nil && !errors.Is(err, enforce.ErrNoDatabase) {
+	switch {
+	case errors.Is(err, enforce.ErrCorrupt):
+		return nil, fmt.Errorf("%w; caracald moves it away when it is started, and asks the store again", err)
+	case err != nil && !errors.Is(err, enforce.ErrNoDatabase):
 		return nil, err
 	}
 	if e.model, err = enforce.Model(e.node, resources, local); err != nil {

@@ -327,16 +327,12 @@ func (c *whyCase) judgeEnd(d policy.Direction, end *whyEnd, remote netip.Addr) (
 	if endpoint != nil {
 		v = c.model.Evaluate(endpoint.ID, d, c.packet)
 	}
-	var rule *policy.Rule
 	for _, l := range v.Trace {
-		if l.Ref == v.Rule {
-			rule = l.Rule
-		}
 		if c.sourcePort == 0 && (l.Rule.Source.Ports != nil || l.Rule.Source.NotPorts != nil) {
 			c.note("rules ask for the source's port: this is for %d; write another one behind the source", anySourcePort)
 		}
 	}
-	x := &oneEnd{Action: v.Action.String(), By: c.nameOf(v.Rule, d, rule), Logged: v.Logged}
+	x := &oneEnd{Action: v.Action.String(), By: c.nameOf(v.Rule, d, decider(v)), Logged: v.Logged}
 	if l, ok := v.Nearest(); ok {
 		x.Nearest = &miss{ruleName: c.nameOf(l.Ref, d, l.Rule)}
 		for _, t := range l.Missed {
@@ -543,6 +539,9 @@ func (c *whyCase) findFlows() error {
 		}
 		if answered {
 			c.note("there is a flow that %s opened, and such a packet answers it: it is not judged as an opening", c.Destination)
+		}
+		if opened && c.Verdict == verdictDenied {
+			c.note("the flows that were let in before are denied too by now: their packets are dropped")
 		}
 		if opened || answered {
 			c.Flows = append(c.Flows, whyFlow{Flow: f, EgressBy: named(f.RuleEgress), IngressBy: named(f.RuleIngress)})

@@ -104,21 +104,24 @@ func (c *whyCase) admitted() (reason, sentence string) {
 	return "", ""
 }
 
+// mostRanges is how many ranges of ports are looked at where no port was asked for: each costs as much as the question.
+const mostRanges = 64
+
 // otherPorts finds ports that fare otherwise than those that no rule names.
 func (c *whyCase) otherPorts() {
-	const most = 256 // of the beginnings of ranges
-	begins := []uint16{0}
-	verdicts := map[uint16]policy.FlowVerdict{}
-	for i := 0; i < len(begins) && i < most; i++ {
+	begins, seen := []uint16{0}, map[int]bool{0: true}
+	verdicts := make(map[uint16]policy.FlowVerdict)
+	note := func(port int) {
+		if port <= 65535 && !seen[port] {
+			seen[port] = true
+			begins = append(begins, uint16(port))
+		}
+	}
+	for i := 0; i < len(begins) && i < mostRanges; i++ {
 		p := c.packet
 		p.TargetPort = begins[i]
 		f := c.model.Flow(p)
 		verdicts[begins[i]] = f
-		note := func(port int) {
-			if port > 0 && port <= 65535 && !slices.Contains(begins, uint16(port)) {
-				begins = append(begins, uint16(port))
-			}
-		}
 		for _, v := range []*policy.Verdict{f.Egress, f.Ingress} {
 			if v == nil {
 				continue
@@ -131,9 +134,9 @@ func (c *whyCase) otherPorts() {
 			}
 		}
 	}
-	if len(begins) > most {
-		c.note("rules name more ports than are listed; ask with one")
-		begins = begins[:most]
+	if len(begins) > mostRanges {
+		c.note("rules name more ports than are looked at: ask with one")
+		return
 	}
 	slices.Sort(begins)
 	for i, first := range begins {
@@ -148,13 +151,30 @@ func (c *whyCase) otherPorts() {
 		if f.Action() == policy.Deny {
 			x.Verdict = verdictDenied
 		}
-		for _, v := range []*policy.Verdict{f.Egress, f.Ingress} {
-			if v != nil && v.Action == f.Action() && v.Rule.Policy != "" {
-				x.By = v.Rule.String()
+		for _, end := range []struct {
+			policy.Direction
+			*policy.Verdict
+		}{{policy.Egress, f.Egress}, {policy.Ingress, f.Ingress}} {
+			if v := end.Verdict; v == nil || v.Action != f.Action() || v.Rule.Policy == "" || x.By != "" && f.Action() == policy.Deny {
+				continue // it does not decide, or the packet does not come so far
 			}
+			x.By = c.nameOf(end.Rule, end.Direction, decider(*end.Verdict)).String()
+		}
+		if x.By == "" {
+			x.By = "no policy"
 		}
 		c.Ports = append(c.Ports, x)
 	}
+}
+
+// decider is the rule that decided, nil if it was the end of a list or nothing.
+func decider(v policy.Verdict) *policy.Rule {
+	for _, l := range v.Trace {
+		if l.Ref == v.Rule {
+			return l.Rule
+		}
+	}
+	return nil
 }
 
 // numbers are ports, names as those that the destination gives them for the protocol.
