@@ -147,27 +147,22 @@ Exit code 1: the maps and policy disagree, or it could not be found out.`,
 	}
 }
 
-// asked are the moments at which why looks before it says that the maps and policy disagree: a change may be under way.
-const (
-	askedTimes = 6
-	askedEvery = 300 * time.Millisecond
-)
+// settling is how long the maps and policy may disagree before why says so: a change may be under way, and what the ids of new rules
+// stand for is not saved at once.
+const settling = 1500 * time.Millisecond
 
 func (o *whyOptions) run(cmd *cobra.Command, source, destination string) error {
-	var x *explanation
-	for n := 1; ; n++ {
-		var err error
-		if x, err = o.explain(cmd, source, destination); err != nil {
-			return err
-		}
-		if len(x.Disagree) == 0 || n == askedTimes {
-			break
-		}
+	x, err := o.explain(cmd, source, destination)
+	for until := time.Now().Add(settling); err == nil && len(x.Disagree) > 0 && time.Now().Before(until); {
 		select {
-		case <-time.After(askedEvery):
+		case <-time.After(settling / 6):
 		case <-cmd.Context().Done():
 			return cmd.Context().Err()
 		}
+		x, err = o.explain(cmd, source, destination)
+	}
+	if err != nil {
+		return err
 	}
 	if o.output != formatTable {
 		if err := o.print(cmd, x, nil); err != nil {
@@ -190,6 +185,8 @@ type whyCase struct {
 	maps   *maps.Maps // nil: nothing is loaded
 	packet policy.Packet
 	pods   []maps.Pod // in the maps
+
+	deniedHere bool // by what this node judges
 }
 
 func (o *whyOptions) explain(cmd *cobra.Command, source, destination string) (*explanation, error) {
@@ -340,7 +337,7 @@ func (c *whyCase) judgeEnd(d policy.Direction, end *whyEnd, remote netip.Addr) (
 			if t.End == "destination" && c.port == 0 { // none was asked for
 				text = strings.Replace(text, "port is 0, not", "port is none of", 1)
 			}
-			x.Nearest.Missed = append(x.Nearest.Missed, text)
+			x.Nearest.Missed = append(x.Nearest.Missed, c.withNames(text))
 		}
 	}
 	if pod == nil {
@@ -356,6 +353,16 @@ func (c *whyCase) judgeEnd(d policy.Direction, end *whyEnd, remote netip.Addr) (
 	}
 	c.compare(x, *end, v, d)
 	return x, nil
+}
+
+// withNames calls pods as people do, in a text that has the names of their WorkloadEndpoints.
+func (c *whyCase) withNames(text string) string {
+	for _, end := range []whyEnd{c.Source, c.Destination} {
+		if e := c.model.At(end.Address); e != nil && end.Name != "" {
+			text = strings.ReplaceAll(text, e.ID, end.Name)
+		}
+	}
+	return text
 }
 
 // lookUp is what the maps say of a policy id and the other end's address.
@@ -440,9 +447,11 @@ func (c *whyCase) conclude() error {
 				by = x.By // the same, and its name is known
 			}
 		}
-		switch action {
-		case policy.Allow.String():
+		if action == policy.Allow.String() {
 			return false
+		}
+		c.deniedHere = x.Maps != nil
+		switch action {
 		case actionUnknown:
 			verdict(verdictDenied, "drop_policy_unknown", "the %s policy of %s is not known", x.By.Direction, end)
 		default:
@@ -540,7 +549,7 @@ func (c *whyCase) findFlows() error {
 		if answered {
 			c.note("there is a flow that %s opened, and such a packet answers it: it is not judged as an opening", c.Destination)
 		}
-		if opened && c.Verdict == verdictDenied {
+		if opened && c.deniedHere {
 			c.note("the flows that were let in before are denied too by now: their packets are dropped")
 		}
 		if opened || answered {
