@@ -10,6 +10,7 @@ import (
 	"io"
 	"io/fs"
 	"net"
+	"os"
 	"strconv"
 	"strings"
 	"time"
@@ -44,7 +45,7 @@ func ask(ctx context.Context, socket, path string, value any, wait time.Duration
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ECONNREFUSED), errors.Is(err, unix.ECONNRESET), errors.Is(err, unix.EPIPE), errors.Is(err, io.ErrUnexpectedEOF):
 		return fmt.Errorf("%s: %w", socket, errNoAgent)
-	case err != nil && ctx.Err() != nil:
+	case errors.Is(err, os.ErrDeadlineExceeded), err != nil && ctx.Err() != nil:
 		return fmt.Errorf("%s: %w for %s", socket, errSilent, wait)
 	case err != nil:
 		return fmt.Errorf("ask the agent: %w", err)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	stdmaps "maps"
 	"slices"
 	"time"
@@ -62,10 +63,13 @@ func (a *adding) enforce(ctx context.Context) error {
 		return err
 	}
 	if known {
-		if why != nil {
+		if why != nil { // about something else
 			a.log.Warn("policy", "error", why)
 		}
 		return nil
+	}
+	if why == nil {
+		why = fmt.Errorf("who answers on %s has not put it in force; is that the agent of the node with this bpffs_dir and state_dir? Set agent_socket", a.c.AgentSocket)
 	}
 	a.log.Warn("the pod's policy is not known", "endpoint", a.key.String(), "error", why, "denied", a.c.Policy.deniesUnknown())
 	if a.c.Policy.deniesUnknown() {
@@ -84,7 +88,7 @@ func (a *adding) findPolicy(ctx context.Context) error {
 		if !errors.Is(err, enforce.ErrHeld) {
 			return err
 		}
-		if err := ask(ctx, a.c.AgentSocket, "/policy/endpoint", a.record, agentPatience); !errors.Is(err, errNoAgent) || time.Now().After(deadline) {
+		if err := ask(ctx, a.c.AgentSocket, "/v1/policy/endpoint", a.record, agentPatience); !errors.Is(err, errNoAgent) || time.Now().After(deadline) {
 			return err
 		}
 		// Another ADD, or an agent that begins or has just ended. An ADD does it for all pods that are recorded.

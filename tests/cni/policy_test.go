@@ -6,9 +6,16 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/caracal-net/caracal/api"
 	"github.com/caracal-net/caracal/api/manifest"
@@ -16,6 +23,7 @@ import (
 	"github.com/caracal-net/caracal/internal/netns"
 	caracal "github.com/caracal-net/caracal/maps"
 	"github.com/caracal-net/caracal/node"
+	"github.com/caracal-net/caracal/tests/testenv"
 )
 
 // TestRecorded: what policy goes by is in the record: labels from all that may bring them, in both of their forms, and what
@@ -258,4 +266,351 @@ func TestPolicyWithoutAgent(t *testing.T) {
 	app.del()
 	stranger.del()
 	h.clean()
+}
+
+// daemon is an agent of a host.
+type daemon struct {
+	t   testing.TB
+	cmd *exec.Cmd
+	end chan struct{}
+}
+
+// agent starts an agent, which has a store of its own, and waits until it keeps policy.
+func (h *host) agent() *daemon {
+	h.t.Helper()
+	d := h.start()
+	eventually(h.t, "the agent keeps policy", func() error {
+		out, err := try(h.name, "curl", "-sS", "--unix-socket", h.conf["agent_socket"].(string), "http://agent/v1/policy")
+		if err == nil && !strings.Contains(out, `"known":true`) {
+			err = errors.New(out)
+		}
+		return err
+	})
+	return d
+}
+
+func (h *host) start() *daemon {
+	h.t.Helper()
+	socket := filepath.Join(h.dir, "agent.sock")
+	h.conf["agent_socket"] = socket
+	d := &daemon{h.t, exec.Command(testenv.Bin(h.t, "caracald"), "--node-name", "node-1", "--state-dir", h.state(), "--bpffs-dir", h.pins(), "--socket", socket,
+		"--ip", "192.0.2.1/32", "--ip6", "2001:db8::1/128", "--bgp-port", "-1", "--health", "", "--metrics", ""), make(chan struct{})}
+	if testing.Verbose() {
+		d.cmd.Stderr = os.Stderr
+	}
+	must(h.t, netns.Do(netns.Path(h.name), d.cmd.Start))
+	go func() { d.cmd.Wait(); close(d.end) }()
+	h.t.Cleanup(d.kill)
+	return d
+}
+
+// TestPolicyAgentBegins adds pods while an agent begins and is killed: whoever puts their policy in force, it is there.
+func TestPolicyAgentBegins(t *testing.T) {
+	h := newHost(t)
+	h.conf["policy"] = object{"unknown": "allow"}
+	stranger := h.pod().add()
+	h.last(onlyApps)
+	h.cluster().kill()
+	const ip = "10.244.0.40"
+	defer stranger.sends("stranger", netip.MustParseAddr(ip))()
+	for i := range 12 {
+		p := h.pod()
+		p.conf = role("db", ip)
+		in := p.inbox()
+		stop := p.sends("out", stranger.addr(false))
+		agent := h.start()
+		time.Sleep(time.Duration(i) * 15 * time.Millisecond) // somewhere between its start and its first look at everything
+		p.add()
+		agent.kill()
+		in.never(t, "stranger v4")
+		p.del()
+		stop()
+	}
+}
+
+func (d *daemon) kill() {
+	d.cmd.Process.Kill()
+	<-d.end
+}
+
+func (d *daemon) signal(s os.Signal) {
+	d.t.Helper()
+	must(d.t, d.cmd.Process.Signal(s))
+}
+
+// hang stops the agent, where it writes nothing: a process that is stopped with a lock in its hands stops everybody else, for
+// as long as they wait for a lock.
+func (d *daemon) hang(h *host) {
+	d.t.Helper()
+	eventually(d.t, "the agent hangs and holds no lock", func() error {
+		d.signal(unix.SIGSTOP)
+		for _, name := range []string{"lock", "node.db.lock"} {
+			l, err := node.TryLock(h.state(), name)
+			if err != nil {
+				d.signal(unix.SIGCONT)
+				return err
+			}
+			l.Unlock()
+		}
+		return nil
+	})
+}
+
+// apply writes resources to the store of the host's agent.
+func (h *host) apply(yaml string) {
+	h.t.Helper()
+	file := filepath.Join(h.t.TempDir(), "apply.yaml")
+	must(h.t, os.WriteFile(file, []byte(yaml), 0o600))
+	h.run(testenv.Bin(h.t, "caracalctl"), "--state-dir", h.state(), "apply", "-f", file)
+}
+
+// cluster makes the host one of a cluster's, with onlyApps in its store, and starts an agent.
+func (h *host) cluster() *daemon {
+	h.t.Helper()
+	h.apply(pools)
+	h.apply(onlyApps)
+	d := h.agent()
+	h.conf["ipam"] = object{"type": "caracal-ipam", "cluster": true}
+	p := h.pod()
+	eventually(h.t, "the agent has claimed blocks", func() error { return p.do("STATUS") })
+	eventually(h.t, "the agent knows policy", func() error {
+		_, err := os.Stat(filepath.Join(h.state(), "policy.db"))
+		return err
+	})
+	return d
+}
+
+const pools = `
+{apiVersion: projectcalico.org/v3, kind: IPPool, metadata: {name: v4}, spec: {cidr: 10.244.0.0/16, natOutgoing: false}}
+---
+{apiVersion: projectcalico.org/v3, kind: IPPool, metadata: {name: v6}, spec: {cidr: "fd00:10::/64", natOutgoing: false}}
+`
+
+// TestPolicyByAgent: the agent puts a new pod's policy in force; when it is killed while ADD waits for it, ADD does; when it
+// hangs the configuration says what the pod may, until the agent goes on.
+func TestPolicyByAgent(t *testing.T) {
+	h := newHost(t)
+	app, stranger := h.pod(), h.pod().add()
+	app.conf = role("app")
+	app.add()
+	agent := h.cluster()
+	ips := []string{"10.244.0.40", "fd00:10::28"} // of the blocks that there are
+	to := []netip.Addr{netip.MustParseAddr(ips[0]), netip.MustParseAddr(ips[1])}
+	defer app.sends("app", to...)()
+	defer stranger.sends("stranger", to...)()
+	db := func(unknown string) (*pod, *inbox) {
+		p := h.pod()
+		p.conf = role("db", ips...)
+		p.conf["policy"] = object{"unknown": unknown}
+		return p, p.inbox()
+	}
+	for range 5 { // the same addresses at once for another pod with the same labels
+		p, in := db("allow")
+		p.add()
+		in.gets(t, "app v4", "app v6")
+		in.never(t, "stranger v4", "stranger v6")
+		p.del()
+	}
+
+	for _, unknown := range []string{"allow", "deny"} {
+		p, in := db(unknown)
+		agent.hang(h)
+		begin := time.Now()
+		p.add()
+		if took := time.Since(begin); took < 2*time.Second || took > 8*time.Second {
+			t.Errorf("ADD took %s beside an agent that hangs", took)
+		}
+		if unknown == "allow" {
+			in.gets(t, "stranger v4", "stranger v6", "app v4", "app v6")
+		} else {
+			time.Sleep(100 * time.Millisecond) // 500 packets of each kind
+			in.never(t, "stranger v4", "stranger v6", "app v4", "app v6")
+		}
+		agent.signal(unix.SIGCONT)
+		in.gets(t, "app v4", "app v6")
+		in.ends(t, "stranger v4", "stranger v6")
+		p.del()
+	}
+
+	p, in := db("allow")
+	agent.hang(h)
+	added := make(chan error)
+	go func() { added <- p.do("ADD") }()
+	eventually(t, "ADD waits for the agent", func() error { return h.waits(to[0]) })
+	agent.kill()
+	must(t, <-added)
+	in.gets(t, "app v4", "app v6")
+	in.never(t, "stranger v4", "stranger v6")
+
+	h.agent() // takes over what ADD has made
+	in.gets(t, "app v4", "app v6")
+	in.never(t, "stranger v4", "stranger v6")
+	p.del()
+	app.del()
+	stranger.del()
+	h.clean()
+}
+
+// waits: the pod with this address is in the maps, and its policy is not known.
+func (h *host) waits(a netip.Addr) error {
+	m, err := caracal.Open(h.pins())
+	if err != nil {
+		return err
+	}
+	defer m.Close()
+	pods, err := m.Pods()
+	for _, p := range pods {
+		if slices.Contains(p.Addresses, a) && p.PolicyIngress == caracal.PolicyUnknown {
+			return nil
+		}
+	}
+	return errors.Join(err, fmt.Errorf("none with %s", a))
+}
+
+// ends waits until none of these comes any more.
+func (b *inbox) ends(t testing.TB, what ...string) {
+	t.Helper()
+	for _, w := range what {
+		eventually(t, w+" ends", func() error {
+			before := b.count(w)
+			time.Sleep(50 * time.Millisecond) // 200 more would come
+			if n := b.count(w) - before; n > 0 {
+				return fmt.Errorf("%d more", n)
+			}
+			return nil
+		})
+	}
+}
+
+// TestPolicyAddressReused: who gets the address of a pod that is gone gets nothing else of it, whether an agent runs, or
+// nobody who knows policy.
+//
+//	was at one address: app -> db        comes there: other --x--> db
+//	was at one address: db <--x-- other  comes there: other <- other
+func TestPolicyAddressReused(t *testing.T) {
+	h := newHost(t)
+	h.conf["policy"] = object{"unknown": "allow"}
+	h.pod().add() // loads the programs
+	h.last(onlyApps)
+	db, other := h.pod(), h.pod()
+	db.conf = role("db")
+	db.add()
+	other.add()
+	atDB := db.inbox()
+	const first, second = "10.244.0.40", "10.244.0.41"
+	swap := func(t *testing.T, word string, between func()) {
+		app, gone, heir, open := h.pod(), h.pod(), h.pod(), h.pod()
+		app.conf, gone.conf = role("app", first), role("db", second)
+		app.id, gone.id = "z"+app.id, "z"+gone.id // neither name nor age says who has an address
+		heir.conf, open.conf = role("other", first), role("other", second)
+		in := open.inbox()
+		app.add()
+		gone.add()
+		stop := app.sends("app "+word, db.addr(false))
+		atDB.gets(t, "app "+word+" v4")
+		stop()
+		defer heir.sends("heir "+word, db.addr(false), netip.MustParseAddr(second))()
+		app.del()
+		between()
+		heir.add()
+		gone.del()
+		open.add()
+		in.gets(t, "heir "+word+" v4")
+		atDB.never(t, "heir "+word+" v4")
+		heir.del()
+		open.del()
+	}
+	for i := range 3 {
+		swap(t, fmt.Sprint("alone ", i), func() {})
+	}
+	good, err := os.ReadFile(filepath.Join(h.state(), "policy.db"))
+	must(t, err)
+	swap(t, "spoilt", func() { must(t, os.WriteFile(filepath.Join(h.state(), "policy.db"), []byte("spoilt"), 0o600)) })
+	must(t, os.WriteFile(filepath.Join(h.state(), "policy.db"), good, 0o600))
+
+	h.cluster()
+	for i := range 10 {
+		swap(t, fmt.Sprint("agent ", i), func() {})
+	}
+}
+
+// TestPolicyDamaged: what was known last can't be read. The configuration says what pods may then, each ADD warns of it, and an
+// agent puts it right.
+func TestPolicyDamaged(t *testing.T) {
+	h := newHost(t)
+	log := filepath.Join(h.dir, "cni.log")
+	h.conf["log_file_path"] = log
+	stranger := h.pod().add()
+	h.last(onlyApps)
+	db, broken := filepath.Join(h.state(), "policy.db"), filepath.Join(h.state(), "policy.broken")
+	good, err := os.ReadFile(db)
+	must(t, err)
+	page := func(n int, fill byte) []byte {
+		b := slices.Clone(good)
+		for i := range b[n*4096 : (n+1)*4096] {
+			b[n*4096+i] = fill
+		}
+		return b
+	}
+	for name, content := range map[string][]byte{
+		"garbage": []byte("garbage"), "empty": {}, "half": good[:len(good)/2], "head alone": good[:4096], "two heads": good[:8192], "more": append(slices.Clone(good), make([]byte, 4096)...),
+		"no heads": append(make([]byte, 8192), good[8192:]...), "page 2 zero": page(2, 0), "page 3 ones": page(3, 0xff), "page 4 letters": page(4, 'a'), "page 5 letters": page(5, 'a'), "a directory": nil,
+	} {
+		for _, unknown := range []string{"allow", "deny"} {
+			must(t, errors.Join(os.RemoveAll(db), os.RemoveAll(broken)))
+			if content == nil {
+				must(t, os.Mkdir(db, 0o700))
+			} else {
+				must(t, os.WriteFile(db, content, 0o600))
+			}
+			for _, times := range []string{"first", "second"} { // it has been moved by then
+				must(t, os.RemoveAll(log))
+				p := h.pod()
+				p.conf = role("db")
+				p.conf["policy"] = object{"unknown": unknown}
+				p.add()
+				said, _ := os.ReadFile(log) // none: nothing was said
+				ids := h.ids(p)
+				switch {
+				case ids != [2]uint32{} && ids[0] != caracal.PolicyUnknown: // what was spoilt was nothing
+				case !strings.Contains(string(said), "the pod's policy is not known"):
+					t.Errorf("%s, %s time, %s: the log says %q", name, times, unknown, said)
+				case (unknown == "deny") != (ids == [2]uint32{caracal.PolicyUnknown, caracal.PolicyUnknown}):
+					t.Errorf("%s, %s time, %s: policy ids %d", name, times, unknown, ids)
+				}
+				p.del()
+			}
+		}
+	}
+
+	must(t, errors.Join(os.RemoveAll(db), os.WriteFile(db, []byte("garbage"), 0o600)))
+	p := h.pod()
+	p.conf = role("db", "10.244.0.40", "fd00:10::28")
+	p.conf["policy"] = object{"unknown": "allow"}
+	in := p.inbox()
+	defer stranger.sends("stranger", netip.MustParseAddr("10.244.0.40"), netip.MustParseAddr("fd00:10::28"))()
+	p.add()
+	in.gets(t, "stranger v4", "stranger v6")
+	h.cluster()
+	in.ends(t, "stranger v4", "stranger v6")
+	p.del()
+	stranger.del()
+	h.clean()
+}
+
+// ids are the policy ids of a pod in the maps, ingress first.
+func (h *host) ids(p *pod) [2]uint32 {
+	h.t.Helper()
+	m, err := caracal.Open(h.pins())
+	must(h.t, err)
+	defer m.Close()
+	pods, err := m.Pods()
+	must(h.t, err)
+	for _, got := range pods {
+		if slices.Contains(got.Addresses, p.addr(false)) {
+			return [2]uint32{got.PolicyIngress, got.PolicyEgress}
+		}
+	}
+	h.t.Fatalf("no pod with %s in the maps", p.addr(false))
+	return [2]uint32{}
 }
