@@ -31,38 +31,41 @@ type Config struct {
 	Candidate *policy.Model
 	// Numbers are those of the compiler whose tables are in the maps, so that rules have the ids that they have there; zero: they have others.
 	Numbers policy.Numbers
-	// Progress, if not nil, is told now and then how far it is.
-	Progress func(done, of int)
+	// Progress, if not nil, is told what is looked at: "flows, 30 %".
+	Progress func(what string)
 }
 
 // Report is what would become of the flows that there are. Those that expired or ended are none of them.
 type Report struct {
-	Flows    int        `json:"flows"`
-	Cut      []Cut      `json:"cut"`      // that pass now and would not
-	Denied   int        `json:"denied"`   // that policy does not let pass as it is
-	Unjudged []Unjudged `json:"unjudged"` // of which it can't be told
+	Flows    int
+	Denied   int        // that policy does not let pass as it is
+	Cut      []Cut      // that pass, and would not
+	Unjudged []Unjudged // of which it can't be told
 }
 
 // Cut is a flow that the candidate denies.
 type Cut struct {
 	maps.Flow
-	Direction string `json:"direction"` // egress: its opener's policy denies it; ingress: its responder's
-	RuleID    uint32 `json:"ruleID"`
-	Rule      string `json:"rule"`          // where it stands: "GlobalNetworkPolicy db, rule 2 (tier default)"
-	Text      string `json:"text"`          // what it says
-	Log       bool   `json:"log,omitempty"` // a rule that logs is met before
+	Verdict string          // as in docs/maps.md: which end's policy it is
+	RuleID  uint32          // see Config.Numbers
+	Rule    policy.RuleInfo // that denies it
 }
 
 // Unjudged is a flow of which it can't be told whether the candidate cuts it.
 type Unjudged struct {
 	maps.Flow
-	Why string `json:"why"`
+	Why string
 }
 
 // Run says what becomes of the flows. Its caller stays in the node's network namespace and has root's rights. When ctx is
 // done it ends with its error, and nothing is left in any case. Errors: ErrCandidate with what is wrong, ErrInForce,
 // maps.ErrChanging.
 func Run(ctx context.Context, cfg Config) (*Report, error) {
+	at := cfg.Progress
+	if at == nil {
+		at = func(string) {}
+	}
+	at("the node's maps")
 	s, err := cfg.Maps.Snapshot()
 	if err != nil {
 		return nil, err
@@ -81,6 +84,7 @@ func Run(ctx context.Context, cfg Config) (*Report, error) {
 		return nil, err
 	}
 	defer j.close()
+	at("what the policies compile to")
 	tables, err := compile(cfg, j.holder)
 	if err != nil {
 		return nil, err
@@ -90,19 +94,17 @@ func Run(ctx context.Context, cfg Config) (*Report, error) {
 	if err != nil {
 		return nil, err
 	}
-	report := &Report{Flows: len(flows), Cut: []Cut{}, Unjudged: []Unjudged{}}
-	done := 0
-	each := func(flows []maps.Flow, fn func(maps.Flow, outcome)) error {
-		for _, f := range flows {
-			if done%256 == 0 {
+	report := &Report{Flows: len(flows)}
+	each := func(what string, flows []maps.Flow, fn func(maps.Flow, outcome)) error {
+		for i, f := range flows {
+			if i%256 == 0 {
 				if err := ctx.Err(); err != nil {
 					return err
 				}
-				if cfg.Progress != nil {
-					cfg.Progress(done, 2*report.Flows)
-				}
 			}
-			done++
+			if i%(len(flows)/10+1) == 0 {
+				at(fmt.Sprintf("%s, %d %%", what, 100*i/len(flows)))
+			}
 			o, err := j.flow(&f)
 			if err != nil {
 				return err
@@ -113,7 +115,7 @@ func Run(ctx context.Context, cfg Config) (*Report, error) {
 	}
 
 	var passing []maps.Flow
-	err = each(flows, func(f maps.Flow, o outcome) {
+	err = each("the flows under the policy in force", flows, func(f maps.Flow, o outcome) {
 		switch {
 		case o.denied != nil:
 			report.Denied++
@@ -129,8 +131,7 @@ func Run(ctx context.Context, cfg Config) (*Report, error) {
 	if err := tables.put(copied.Maps); err != nil {
 		return nil, err
 	}
-	done = 2*report.Flows - len(passing)
-	err = each(passing, func(f maps.Flow, o outcome) {
+	err = each("the flows under the candidate", passing, func(f maps.Flow, o outcome) {
 		switch {
 		case o.denied != nil && o.denied.Verdict == verdictUnknown:
 			report.Unjudged = append(report.Unjudged, Unjudged{f, "one of its pods has a policy, but no resource is about that pod"})
@@ -269,18 +270,9 @@ func (t *compiled) put(m *maps.Maps) error {
 
 // cut says by which rule the candidate denies a flow.
 func (t *compiled) cut(f maps.Flow, drop *maps.Event) Cut {
-	c := Cut{Flow: f, Direction: policy.Egress.String(), RuleID: drop.RuleEgress, Log: drop.Log}
+	id := drop.RuleEgress
 	if drop.Verdict == verdictIngress {
-		c.Direction, c.RuleID = policy.Ingress.String(), drop.RuleIngress
+		id = drop.RuleIngress
 	}
-	info, ok := t.rules[c.RuleID]
-	switch {
-	case !ok:
-		c.Rule = fmt.Sprintf("rule id %d", c.RuleID)
-	case info.Rule == nil:
-		c.Rule, c.Text = info.RuleRef.String(), "no rule matches"
-	default:
-		c.Rule, c.Text = info.RuleRef.String(), info.Rule.String()
-	}
-	return c
+	return Cut{f, drop.Verdict, id, t.rules[id]}
 }

@@ -293,7 +293,7 @@ func TestWhatIf(t *testing.T) {
 				got := []string{}
 				for _, f := range report.Cut {
 					got = append(got, flowName(f.Flow))
-					if f.RuleID == 0 || f.Rule == "" || f.Text == "" || !strings.Contains(f.Rule, "policy of") {
+					if f.RuleID == 0 || f.Rule.Rule == nil || !strings.HasPrefix(f.Rule.Policy, "policy of") || f.Verdict != "drop_policy_"+f.Rule.Direction.String() {
 						t.Errorf("cut by %+v", f)
 					}
 				}

@@ -102,6 +102,7 @@ Reading commands change nothing. Exit code 0: done; 1: an error, or a check foun
 		newWhyCommand(g),
 		newPolicyCommand(g),
 		newRulesCommand(g),
+		newWhatIfCommand(g),
 		newIPAMCommand(g),
 		newNodeCommand(g),
 		newBGPCommand(g),
