@@ -110,6 +110,9 @@ func (s *Snapshot) readRest(m *Maps) error {
 	return nil
 }
 
+// Epoch is the one that it is of.
+func (s *Snapshot) Epoch() uint32 { return s.state.Epoch }
+
 // Flows is how many flows are in it, with those that expired and wait to be removed.
 func (s *Snapshot) Flows() int { return len(s.flows.keys) }
 

@@ -71,16 +71,16 @@ func (j *judge) close() { j.runner.Close() }
 // flow shows the programs a packet of each direction that packets were seen of, where they were seen.
 func (j *judge) flow(f *maps.Flow) (outcome, error) {
 	var unknown string
-	seen := false
+	any := false
 	for _, answer := range []bool{false, true} {
 		leg := f.Sent
 		if answer {
 			leg = f.Received
 		}
-		if leg.Epoch == 0 && leg.Packets == 0 {
+		if !seen(leg) {
 			continue
 		}
-		seen = true
+		any = true
 		arrival, why := j.arrival(f, leg, answer)
 		if why != "" {
 			unknown = why
@@ -103,11 +103,14 @@ func (j *judge) flow(f *maps.Flow) (outcome, error) {
 			unknown = "its packets are dropped whatever policy says: " + drop.Verdict
 		}
 	}
-	if !seen {
+	if !any {
 		unknown = "no packet of it was judged yet"
 	}
 	return outcome{unknown: unknown}, nil
 }
+
+// seen tells whether packets of a direction came by.
+func seen(l maps.Leg) bool { return l.Epoch != 0 || l.Packets != 0 }
 
 // arrival says where a direction's packets meet the programs that judge them.
 func (j *judge) arrival(f *maps.Flow, leg maps.Leg, answer bool) (a maps.Arrival, why string) {

@@ -18,6 +18,7 @@ import (
 
 	"github.com/caracal-net/caracal/api/selector"
 	"github.com/caracal-net/caracal/bpf"
+	"github.com/caracal-net/caracal/loader"
 	"github.com/caracal-net/caracal/maps"
 	"github.com/caracal-net/caracal/policy"
 	"github.com/caracal-net/caracal/whatif"
@@ -314,3 +315,40 @@ func TestWhatIf(t *testing.T) {
 }
 
 func ptr[T any](v T) *T { return &v }
+
+// BenchmarkWhatIf asks about 100,000 flows, half of which would be cut.
+func BenchmarkWhatIf(bm *testing.B) {
+	b := newBench(bm, loader.Config{MaxFlows: 131072})
+	e := b.enforce(b.a, b.b)
+	endpoints := map[string]*policy.Endpoint{"a": endpointOf(b.a), "b": endpointOf(b.b)}
+	inForce := &policy.Model{Endpoints: endpoints}
+	nothing := &policy.Policy{ID: "nothing", Selector: selector.In("name", "b"), Ingress: &policy.Rules{}}
+	candidate := &policy.Model{Endpoints: endpoints, Tiers: []policy.Tier{{Name: "default", Default: policy.Deny, Policies: []*policy.Policy{nothing}}}}
+	e.set(inForce)
+	const half = 50_000
+	b.do(func() error {
+		for i := range half {
+			x, y := at(b.a.v4, uint16(10_000+i)), at(b.b.v4, uint16(10_000+i))
+			for _, s := range []sight{
+				{"from_pod", udp(b.a, x, at(b.b.v4, 53), 8), skb{ifindex: uint32(b.a.commit.IfIndex)}},
+				{"from_pod", udp(b.b, at(b.b.v4, 53), x, 8), skb{ifindex: uint32(b.b.commit.IfIndex)}},
+				{"from_pod", udp(b.b, y, at(b.a.v4, 53), 8), skb{ifindex: uint32(b.b.commit.IfIndex)}},
+				{"from_pod", udp(b.a, at(b.a.v4, 53), y, 8), skb{ifindex: uint32(b.a.commit.IfIndex)}},
+			} {
+				if _, err := b.exec(s.hook, s.frame, s.skb); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	})
+	for bm.Loop() {
+		b.do(func() error {
+			r, err := whatif.Run(context.Background(), whatif.Config{Maps: b.maps, InForce: inForce, Candidate: candidate})
+			if err == nil && (r.Flows != 2*half || len(r.Cut) != half) {
+				err = fmt.Errorf("would cut %d of %d flows, %d unjudged", len(r.Cut), r.Flows, len(r.Unjudged))
+			}
+			return err
+		})
+	}
+}
