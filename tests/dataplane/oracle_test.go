@@ -131,9 +131,10 @@ func (o *oracle) set(m *policy.Model, pods map[string]*pod) bool {
 	return true
 }
 
-// verify says which packet the programs and the evaluator differ about.
-func (o *oracle) verify(m *policy.Model, packets []policy.Packet) (int, error) {
-	pods := make(map[string]*pod)
+// wire makes the local endpoints of a model pods of the node. unwire takes the policy in force and them away.
+func (o *oracle) wire(m *policy.Model) (pods map[string]*pod, unwire func()) {
+	o.t.Helper()
+	pods = make(map[string]*pod)
 	for i, id := range slices.Sorted(stdmaps.Keys(m.Endpoints)) {
 		if !o.local(id) {
 			continue
@@ -145,7 +146,7 @@ func (o *oracle) verify(m *policy.Model, packets []policy.Packet) (int, error) {
 		}
 		pods[id] = p
 	}
-	defer func() {
+	return pods, func() {
 		if !o.set(&policy.Model{}, pods) {
 			o.t.Fatal("no policy is refused")
 		}
@@ -165,7 +166,13 @@ func (o *oracle) verify(m *policy.Model, packets []policy.Packet) (int, error) {
 		if len(rows) != 0 || len(peers) != 0 {
 			o.t.Fatalf("without policy %d rows and %d peers stay", len(rows), len(peers))
 		}
-	}()
+	}
+}
+
+// verify says which packet the programs and the evaluator differ about.
+func (o *oracle) verify(m *policy.Model, packets []policy.Packet) (int, error) {
+	pods, unwire := o.wire(m)
+	defer unwire()
 	if !o.set(m, pods) {
 		o.refused++
 		return 0, nil

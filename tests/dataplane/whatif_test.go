@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	gomaps "maps"
 	"net/netip"
 	"os"
 	"slices"
@@ -21,6 +22,7 @@ import (
 	"github.com/caracal-net/caracal/loader"
 	"github.com/caracal-net/caracal/maps"
 	"github.com/caracal-net/caracal/policy"
+	"github.com/caracal-net/caracal/policy/policytest"
 	"github.com/caracal-net/caracal/whatif"
 )
 
@@ -105,7 +107,7 @@ func (b *bench) dialogues(x, y, far, world netip.Addr) []conversation {
 }
 
 func flowName(f maps.Flow) string {
-	return fmt.Sprintf("%s %s %s %d", f.Protocol, f.Opener, f.Responder, f.ICMPType)
+	return fmt.Sprintf("%s %s %s %d/%d", f.Protocol, f.Opener, f.Responder, f.ICMPType, f.ICMPCode)
 }
 
 // opened opens flows, and returns their names in the table of flows with what they are.
@@ -351,4 +353,118 @@ func BenchmarkWhatIf(bm *testing.B) {
 			return err
 		})
 	}
+}
+
+// TestWhatIfRandom holds what would be cut against the evaluator, and against what is cut then: flows that one random policy allows, under
+// another one.
+func TestWhatIfRandom(t *testing.T) {
+	models, least := 25, 30
+	if testing.Short() {
+		models, least = 10, 1
+	}
+	o := newOracle(t)
+	flows, cut := 0, 0
+	for seed := range uint64(models) {
+		g := policytest.New(seed)
+		m := g.Model()
+		changed := m
+		for range 3 {
+			changed = g.Change(changed)
+		}
+		changed.Endpoints = make(map[string]*policy.Endpoint) // the same pods, which may have other labels
+		for id, e := range m.Endpoints {
+			changed.Endpoints[id] = e
+			if seed%2 == 1 {
+				relabelled := *e
+				relabelled.Labels = m.Endpoints[slices.Sorted(gomaps.Keys(m.Endpoints))[0]].Labels
+				changed.Endpoints[id] = &relabelled
+			}
+		}
+		var packets []policy.Packet
+		for range 60 {
+			packets = append(packets, g.Packet(m))
+		}
+		n, c, err := o.whatIfRandom(m, changed, packets)
+		if err != nil {
+			t.Fatalf("seed %d: %v", seed, err)
+		}
+		flows, cut = flows+n, cut+c
+	}
+	if cut < least {
+		t.Errorf("%d of %d flows would be cut, want %d", cut, flows, least)
+	}
+	t.Logf("%d of %d flows would be cut", cut, flows)
+}
+
+// whatIfRandom opens the flows that a model allows, and checks what is said of them under another one.
+func (o *oracle) whatIfRandom(m, candidate *policy.Model, packets []policy.Packet) (flows, cut int, err error) {
+	pods, unwire := o.wire(m)
+	defer unwire()
+	if !o.set(m, pods) {
+		return 0, 0, nil
+	}
+	opened := make(map[string]policy.Packet)
+	again := make(map[string]sight)
+	for _, p := range packets {
+		frame, hook, s, ok := o.frame(m, pods, p)
+		if !ok || o.want(m, p) == policy.Deny {
+			continue
+		}
+		before := o.flowNames()
+		o.do(func() error {
+			_, err := o.exec(hook, frame, s)
+			return err
+		})
+		for name := range o.flowNames() {
+			if !before[name] {
+				opened[name], again[name] = p, sight{hook, frame, s}
+			}
+		}
+	}
+	report, err := o.whatIf(o.enforcer, m, candidate)
+	if errors.Is(err, whatif.ErrCandidate) {
+		if o.set(candidate, pods) {
+			return 0, 0, fmt.Errorf("it is put in force, but: %w", err)
+		}
+		return 0, 0, nil
+	}
+	if err != nil {
+		return 0, 0, err
+	}
+	if report.Flows != len(opened) || len(report.Unjudged) > 0 || report.Denied > 0 {
+		return 0, 0, fmt.Errorf("%d flows, %d denied, unjudged %+v; opened were %d", report.Flows, report.Denied, report.Unjudged, len(opened))
+	}
+	said := make(map[string]bool)
+	for _, c := range report.Cut {
+		said[flowName(c.Flow)] = true
+	}
+	if !o.set(candidate, pods) {
+		return 0, 0, fmt.Errorf("the candidate is refused")
+	}
+	for name, p := range opened {
+		var r result
+		s := again[name]
+		o.do(func() (err error) {
+			r, err = o.exec(s.hook, s.frame, s.skb)
+			return err
+		})
+		evaluated, is := o.want(candidate, p) == policy.Deny, r.action == actionShot
+		if said[name] != evaluated || said[name] != is {
+			return 0, 0, fmt.Errorf("%s (flow %s): would be cut: %t; the evaluator says %t, it is cut: %t", p, name, said[name], evaluated, is)
+		}
+	}
+	return len(opened), len(said), nil
+}
+
+func (o *oracle) flowNames() map[string]bool {
+	o.t.Helper()
+	flows, err := o.maps.Flows()
+	if err != nil {
+		o.t.Fatal(err)
+	}
+	names := make(map[string]bool)
+	for _, f := range flows {
+		names[flowName(f)] = true
+	}
+	return names
 }
