@@ -16,6 +16,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
 	"github.com/gopacket/gopacket/layers"
+	"github.com/vishvananda/netlink"
 
 	"github.com/caracal-net/caracal/api/selector"
 	"github.com/caracal-net/caracal/bpf"
@@ -467,4 +468,157 @@ func (o *oracle) flowNames() map[string]bool {
 		names[flowName(f)] = true
 	}
 	return names
+}
+
+// What is over is no flow to cut; of what can't be told it is said why; and what a node that knows nothing of a pod denies is
+// no change.
+func TestWhatIfNotCut(t *testing.T) {
+	b := newBench(t, loader.Config{})
+	ends, far := b.v4pair(), b.r.v4
+	endpoints := map[string]*policy.Endpoint{"a": endpointOf(b.a), "b": endpointOf(b.b)}
+	model := &policy.Model{Endpoints: endpoints}
+	nobody := &policy.Model{Endpoints: endpoints, Tiers: []policy.Tier{{Name: "default", Default: policy.Deny, Policies: []*policy.Policy{
+		{ID: "nobody", Ingress: &policy.Rules{}, Egress: &policy.Rules{}},
+	}}}}
+	e := b.enforce(b.a, b.b)
+	e.set(model)
+	at2 := func(port uint16) netip.AddrPort { return at(ends[0].Addr(), port) }
+	b.handshake(at2(1), ends[1])
+	b.handshake(at2(2), ends[1])
+	reset := tcp(b.b, ends[1], at2(2), "R", 0)
+	check(t, reset, b.fromB(reset), "forward_pod")
+	b.handshake(at2(3), ends[1])
+	for _, f := range []struct {
+		frame []byte
+		run   func([]byte) result
+	}{{tcp(b.a, at2(3), ends[1], "FA", 0), b.fromA}, {tcp(b.b, ends[1], at2(3), "FA", 0), b.fromB}} {
+		check(t, f.frame, f.run(f.frame), "forward_pod")
+	}
+	in := udp(b.r, at(far, 4), ends[1], 8)
+	check(t, in, b.fromNet(in), "forward_pod")
+	ask := func(candidate *policy.Model, flows, cut, denied int, unjudged ...string) {
+		t.Helper()
+		report, err := b.whatIf(e, model, candidate)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if report.Flows != flows || len(report.Cut) != cut || report.Denied != denied || len(report.Unjudged) != len(unjudged) {
+			t.Fatalf("%+v; want %d flows, %d cut, %d denied, unjudged %q", report, flows, cut, denied, unjudged)
+		}
+		for i, u := range report.Unjudged {
+			if !strings.Contains(u.Why, unjudged[i]) {
+				t.Errorf("not judged because %s, want %s", u.Why, unjudged[i])
+			}
+		}
+	}
+	ask(nobody, 2, 2, 0)
+
+	// The interface by which a flow's packets came is gone.
+	b.do(func() error {
+		l, err := netlink.LinkByIndex(b.up)
+		if err == nil {
+			err = netlink.LinkDel(l)
+		}
+		return err
+	})
+	ask(nobody, 2, 1, 0, fmt.Sprintf("interface %d, by which its packets came, is gone", b.up))
+	b.raise()
+	ask(nobody, 2, 1, 0, "is gone")
+
+	// A pod of which no resource speaks.
+	b.policy(b.b, 0, maps.PolicyUnknown)
+	ask(nobody, 2, 0, 1, "is gone")
+	b.policy(b.b, 0, 0)
+	b.rows(row(77, 0, 0, 0, 0, allow, 1))
+	b.policy(b.b, 0, 77)
+	delete(endpoints, "b")
+	nobody.Tiers = nil
+	ask(nobody, 2, 0, 0, "is gone", "no resource is about that pod")
+}
+
+// What can't be put in force is refused, by name, and nothing is left of it; who is interrupted ends at once.
+func TestWhatIfRefuses(t *testing.T) {
+	b := newBench(t, loader.Config{MaxPolicy: 100, MaxPeers: 10000})
+	e := b.enforce(b.a, b.b)
+	model := &policy.Model{Endpoints: map[string]*policy.Endpoint{"a": endpointOf(b.a), "b": endpointOf(b.b)}}
+	with := func(p *policy.Policy) *policy.Model {
+		return &policy.Model{Endpoints: model.Endpoints, Tiers: []policy.Tier{{Name: "default", Default: policy.Deny, Policies: []*policy.Policy{p}}}}
+	}
+	e.set(model)
+	var many []policy.Rule
+	for i := range 500 {
+		many = append(many, policy.Rule{Action: policy.Allow, Source: policy.Peer{Nets: []netip.Prefix{netip.MustParsePrefix(fmt.Sprintf("192.0.%d.%d/32", 2+i/250, i%250))}}})
+	}
+	_, err := b.whatIf(e, model, with(&policy.Policy{ID: "large", Ingress: &policy.Rules{Rules: many}}))
+	if !errors.Is(err, whatif.ErrCandidate) || !errors.Is(err, maps.ErrFull) {
+		t.Errorf("a candidate that does not fit: %v", err)
+	}
+	twins := *model.Endpoints["b"]
+	twins.Addresses = append(slices.Clone(twins.Addresses), nobody4)
+	other := with(&policy.Policy{ID: "own side", Ingress: &policy.Rules{Rules: []policy.Rule{
+		{Action: policy.Allow, Destination: policy.Peer{Nets: []netip.Prefix{netip.PrefixFrom(b.b.v4, 32)}}},
+	}}})
+	other.Endpoints = map[string]*policy.Endpoint{"b": &twins}
+	if _, err := b.whatIf(e, model, other); !errors.Is(err, whatif.ErrCandidate) || !strings.Contains(err.Error(), "own side") {
+		t.Errorf("a candidate that does not compile: %v", err)
+	}
+	if _, err := b.whatIf(e, other, model); !errors.Is(err, whatif.ErrInForce) {
+		t.Errorf("a policy in force that does not compile: %v", err)
+	}
+
+	b.handshake(b.v4pair()[0], b.v4pair()[1])
+	ctx, cancel := context.WithCancel(context.Background())
+	b.do(func() error {
+		_, err = whatif.Run(ctx, whatif.Config{Maps: b.maps, InForce: model, Candidate: model, Progress: func(string) { cancel() }})
+		return nil
+	})
+	if !errors.Is(err, context.Canceled) {
+		t.Errorf("interrupted: %v", err)
+	}
+}
+
+// It can be asked while packets flow and the epoch is raised all the time.
+func TestWhatIfBusy(t *testing.T) {
+	b := newBench(t, loader.Config{})
+	model := &policy.Model{Endpoints: map[string]*policy.Endpoint{"a": endpointOf(b.a), "b": endpointOf(b.b)}}
+	b.enforce(b.a, b.b).set(model)
+	nobody := &policy.Model{Endpoints: model.Endpoints, Tiers: []policy.Tier{{Name: "default", Default: policy.Deny, Policies: []*policy.Policy{{ID: "nobody", Ingress: &policy.Rules{}}}}}}
+	ends := b.v4pair()
+	stop, stopped := make(chan struct{}), make(chan error)
+	go func() {
+		stopped <- b.ns.Do(func() error {
+			there, back := udp(b.a, ends[0], ends[1], 8), udp(b.b, ends[1], ends[0], 8)
+			for n := 0; ; n++ {
+				select {
+				case <-stop:
+					return nil
+				default:
+				}
+				for _, s := range []sight{{"from_pod", there, skb{ifindex: uint32(b.a.commit.IfIndex)}}, {"from_pod", back, skb{ifindex: uint32(b.b.commit.IfIndex)}}} {
+					if _, err := b.exec(s.hook, s.frame, s.skb); err != nil {
+						return err
+					}
+				}
+				if n%16 == 0 {
+					if _, err := b.maps.RaiseEpoch(); err != nil {
+						return err
+					}
+				}
+			}
+		})
+	}()
+	until(t, "a flow", func() bool { _, ok := b.flow("udp", ends[0], ends[1]); return ok })
+	for range 3 {
+		b.do(func() error {
+			r, err := whatif.Run(context.Background(), whatif.Config{Maps: b.maps, InForce: model, Candidate: nobody})
+			if err == nil && (r.Flows != 1 || len(r.Cut) != 1) {
+				err = fmt.Errorf("%+v", r)
+			}
+			return err
+		})
+	}
+	close(stop)
+	if err := <-stopped; err != nil {
+		t.Fatal(err)
+	}
 }
