@@ -25,9 +25,10 @@ func TestMain(m *testing.M) { os.Exit(testenv.Main(m)) }
 // Run in the guest: every program through the verifier, on packets, on interfaces by what the kernel has, and behind real
 // calls of the plugin. The machine is emulated, so these are few.
 var inside = []struct{ pkg, run string }{
-	{"loader", "^(TestProbe|TestAttach|TestAttachNet|TestAttachNetWithoutTCX|TestWithoutTCX)$"},
+	{"loader", "^(TestProbe|TestAttach|TestAttachNet|TestAttachNetWithoutTCX|TestWithoutTCX|TestPrivateDir)$"},
 	{"tests/dataplane", "^(TestPackets|TestNetPackets)$"},
 	{"tests/dataplane", "^(TestPolicyRows|TestEvents)$/^v6$"},
+	{"tests/dataplane", "^TestWhatIf$/^v4$/^no_HTTP"},
 	{"tests/cni", "^TestTTL$"},
 	{"tests/ctl", "^TestScripts$/^pods$"},
 }

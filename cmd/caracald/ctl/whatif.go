@@ -95,7 +95,14 @@ func (o *whatIfOptions) run(cmd *cobra.Command) error {
 		return err
 	}
 	defer m.Close()
-	cfg, err := o.models(cmd, m, change)
+	state, err := m.State()
+	if err != nil {
+		return err
+	}
+	if state.Build != build() {
+		warn(cmd, "this node runs other programs than this caracalctl has, which may judge otherwise; caracalctl upgrade puts these in their place")
+	}
+	cfg, err := o.models(cmd, state.Node, change)
 	if err != nil {
 		return err
 	}
@@ -112,8 +119,8 @@ func (o *whatIfOptions) run(cmd *cobra.Command) error {
 	return o.show(cmd, r, names)
 }
 
-// models makes the policy that is in force on this node and the one that would be.
-func (o *whatIfOptions) models(cmd *cobra.Command, m *maps.Maps, change []api.Resource) (cfg whatif.Config, err error) {
+// models makes the policy that is in force on this node and the one that would be. name is the node's, if policy.db does not say it.
+func (o *whatIfOptions) models(cmd *cobra.Command, name string, change []api.Resource) (cfg whatif.Config, err error) {
 	ctx := cmd.Context()
 	var local []node.Endpoint
 	err = o.view(ctx, func(tx *node.Tx) (err error) {
@@ -125,13 +132,12 @@ func (o *whatIfOptions) models(cmd *cobra.Command, m *maps.Maps, change []api.Re
 	}
 	var inForce []api.Resource
 	inForce, cfg.Numbers, err = enforce.Resources(ctx, o.stateDir)
-	name := ""
 	if err == nil {
 		name, err = enforce.NodeName(ctx, o.stateDir)
 	}
 	if errors.Is(err, enforce.ErrNoDatabase) {
 		warn(cmd, "no policy is in force on this node yet; what the store has is taken for the other part of what would be")
-		name, inForce, err = o.fromStore(ctx, m)
+		inForce, err = o.fromStore(ctx)
 	}
 	if err != nil {
 		return cfg, err
@@ -148,12 +154,8 @@ func (o *whatIfOptions) models(cmd *cobra.Command, m *maps.Maps, change []api.Re
 	return cfg, onlyIn(after, before)
 }
 
-// fromStore is what the store has about policy, and the name of this node in it as far as the maps know.
-func (o *whatIfOptions) fromStore(ctx context.Context, m *maps.Maps) (name string, resources []api.Resource, err error) {
-	state, err := m.State()
-	if err != nil {
-		return "", nil, err
-	}
+// fromStore is what the store has about policy.
+func (o *whatIfOptions) fromStore(ctx context.Context) (resources []api.Resource, err error) {
 	err = o.withStore(ctx, func(s store.Store) error {
 		for _, kind := range api.Kinds {
 			if !enforce.Concerns(kind) {
@@ -167,7 +169,7 @@ func (o *whatIfOptions) fromStore(ctx context.Context, m *maps.Maps) (name strin
 		}
 		return nil
 	})
-	return state.Node, resources, err
+	return resources, err
 }
 
 // merge is what would be in force: all with the change in it, or without it.
