@@ -79,6 +79,7 @@ func Run(ctx context.Context, cfg Config) (*Report, error) {
 		return nil, fmt.Errorf("make a copy of the node's programs: %w", err)
 	}
 	defer copied.Close()
+	epoch := s.Epoch() // s is large, and not needed any more
 	j, err := newJudge(copied.Maps)
 	if err != nil {
 		return nil, err
@@ -112,10 +113,10 @@ func Run(ctx context.Context, cfg Config) (*Report, error) {
 		return nil
 	}
 
-	var passing []maps.Flow
+	passing := flows[:0] // never ahead of what is read
 	err = each("the flows under the policy in force", flows, func(f maps.Flow) (err error) {
 		var o outcome
-		if !current(&f, s.Epoch()) {
+		if !current(&f, epoch) {
 			o, err = j.flow(&f)
 		}
 		switch {
