@@ -363,7 +363,7 @@ func TestWhatIfRandom(t *testing.T) {
 	if testing.Short() {
 		models, least = 10, 1
 	}
-	o := newOracle(t)
+	o := newOracle(t, isLocal)
 	flows, cut := 0, 0
 	for seed := range uint64(models) {
 		g := policytest.New(seed)
