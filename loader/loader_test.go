@@ -289,6 +289,7 @@ func TestReadableMaps(t *testing.T) {
 		bpf.DataplaneMapCaracalPolicy:  {"policy", "identity", "protocol", "port", "action", "POLICY_NONE", "rule"},
 		bpf.DataplaneMapCaracalRules:   {"packets", "bytes"},
 		bpf.DataplaneMapCaracalTold:    {"since", "events", "lost"},
+		bpf.DataplaneMapCaracalChurn:   {"opened", "left", "confirmed", "reclaimed", "swept"},
 		bpf.DataplaneMapCaracalOpens:   {"address_a", "state", "leg"},
 		bpf.DataplaneMapCaracalFrags:   {"source", "id", "ifindex", "source_port"},
 		bpf.DataplaneMapCaracalQuota:   {"flows", "limit"},
