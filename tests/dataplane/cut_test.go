@@ -78,7 +78,8 @@ func TestDenyCuts(t *testing.T) {
 			goesOn := func(what string) {
 				t.Helper()
 				before := time.Now().UnixNano()
-				until(t, what, func() bool { return c.there.arrived.Load() > before && c.back.arrived.Load() > before })
+				// TCP waits longer each time before it sends again: as long as it was cut, at most.
+				within(t, 5*patience, what, func() bool { return c.there.arrived.Load() > before && c.back.arrived.Load() > before })
 			}
 			legs := func() (there, back uint64) {
 				t.Helper()

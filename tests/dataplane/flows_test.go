@@ -18,9 +18,15 @@ import (
 // until waits for a condition.
 func until(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(patience); !ok(); time.Sleep(time.Millisecond) {
+	within(t, patience, what, ok)
+}
+
+// within waits for a condition at most so long.
+func within(t testing.TB, limit time.Duration, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(limit); !ok(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("waited %s in vain for: %s", patience, what)
+			t.Fatalf("waited %s in vain for: %s", limit, what)
 		}
 	}
 }
