@@ -122,11 +122,12 @@ static __noinline void insert_flow(struct __sk_buff *ctx, struct packet *p, cons
 	}
 }
 
-static __noinline int open_flow(struct __sk_buff *ctx, struct packet *p, struct origin *o, __u64 at)
+// open_flow judges a packet without a flow, unless it was `judged` and allowed, and opens one.
+static __noinline int open_flow(struct __sk_buff *ctx, struct packet *p, struct origin *o, __u64 at, bool judged)
 {
 	struct work *w = work();
 	__u8 opener = p->side & 1;
-	int v = opens(p, o);
+	int v = judged ? VERDICT_NEXT : opens(p, o);
 
 	if (v && w && p->key.protocol == PROTO_TCP && !(p->tcp_flags & TCP_SYN)) {
 		w->first = w->judged;
@@ -150,7 +151,7 @@ static __noinline int open_flow(struct __sk_buff *ctx, struct packet *p, struct 
 static __noinline int track(struct __sk_buff *ctx, struct packet *p, struct origin *o)
 {
 	struct flow *f = bpf_map_lookup_elem(&caracal_flows, &p->key);
-	bool confirmed = true, over;
+	bool confirmed = true, judged = false, over;
 	struct flow_leg *leg;
 	__u64 at = now();
 	int v;
@@ -168,6 +169,7 @@ static __noinline int track(struct __sk_buff *ctx, struct packet *p, struct orig
 		// Judged before a living flow goes: a denied SYN must not end the connection whose ports it took.
 		if (!over && (v = opens(p, o)))
 			return v;
+		judged = !over;
 		if (confirmed)
 			remove_flow(&p->key, f);
 		else
@@ -175,7 +177,7 @@ static __noinline int track(struct __sk_buff *ctx, struct packet *p, struct orig
 		f = NULL;
 	}
 	if (!f)
-		return open_flow(ctx, p, o, at);
+		return open_flow(ctx, p, o, at, judged);
 
 	through(p, f);
 	leg = &f->leg[p->side & 1];
