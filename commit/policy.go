@@ -55,6 +55,36 @@ func PutPolicy(m *maps.Maps, d *policy.Delta, ifindex func(endpoint string) (uin
 	}, nil
 }
 
+// AddPolicy puts in force a change that is only about pods that are cut off until then (maps.PolicyUnknown), or not in the maps
+// yet: their policy ids, the identities of their addresses, new rows. Nobody can be judged by half of it, so nobody is waited for.
+func AddPolicy(m *maps.Maps, d *policy.Delta, ifindex func(endpoint string) (uint32, bool)) error {
+	if err := m.Settle(); err != nil {
+		return err
+	}
+	put := rows(d.PutRows)
+	if err := m.PutPolicy(put); err != nil {
+		return errors.Join(fmt.Errorf("the policy that was in force stays: %w", err), m.RemovePolicy(keys(put)))
+	}
+	var peers []maps.Peer
+	for _, c := range d.PutPeers {
+		peers = append(peers, maps.Peer{Prefix: c.Prefix, Identity: c.After})
+	}
+	if err := m.PutPeers(peers); err != nil {
+		return err
+	}
+	for id, p := range d.PutPods {
+		i, ok := ifindex(id)
+		if !ok {
+			continue
+		}
+		if err := m.PutPodPolicy(i, p.Egress, p.Ingress); err != nil && !errors.Is(err, maps.ErrNotFound) {
+			return err
+		}
+	}
+	_, err := m.Flip()
+	return err
+}
+
 // staged is what differs in the slots of an epoch and the next.
 type staged struct {
 	peers []netip.Prefix

@@ -168,6 +168,35 @@ func TestContext(t *testing.T) {
 	h.check("10.1.0.1", web, 80, policy.Deny)
 }
 
+// A pod that is cut off until its policy is in force is not waited for, with or without new rows.
+func TestNewPod(t *testing.T) {
+	const web, client = "10.0.0.1", "10.0.0.2"
+	h := newHost(t, loader.Config{})
+	h.p.Replace(parse(t, denyAll+"---"+allowHTTP))
+	h.addPod("", "web", web, map[string]string{"app": "web"})
+	h.commit()
+	for i, app := range []string{"client", "web", "client"} {
+		e := h.addPod("", app, fmt.Sprintf("10.0.0.%d", 2+i), map[string]string{"app": app})
+		unknown := uint32(kernelmaps.PolicyUnknown)
+		if err := h.cfg.Maps.PutPod(kernelmaps.Pod{IfIndex: uint32(2 + i), Addresses: e.Addrs, PolicyIngress: unknown, PolicyEgress: unknown}); err != nil {
+			t.Fatal(err)
+		}
+		h.check(e.Addrs[0].String(), web, 80, policy.Deny)
+		h.p.PutLocal(e)
+		r, err := h.p.Commit(context.Background())
+		if err != nil || r.Pods != 1 || r.PeersDeleted+r.RowsDeleted > 0 {
+			t.Errorf("%s: %+v (%v)", app, r, err)
+		}
+		for range 2 {
+			h.check(client, web, 80, policy.Allow)
+			h.check(client, web, 81, policy.Deny)
+			if _, err := h.cfg.Maps.Flip(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
 func published(nodeName string, e node.Endpoint, labels, spec string) string {
 	return fmt.Sprintf("---\napiVersion: projectcalico.org/v3\nkind: WorkloadEndpoint\nmetadata: {name: %s, namespace: %s, labels: %s}\nspec: %s\n", EndpointName(nodeName, e.Key), namespace(e), labels, spec)
 }
@@ -282,7 +311,19 @@ func TestChanges(t *testing.T) {
 		for range 1 + r.IntN(4) {
 			change()
 		}
+		was := h.pods
 		h.pods = slices.DeleteFunc(slices.Clone(everyone), func(node.Endpoint) bool { return r.IntN(8) == 0 })
+		for i, e := range everyone { // those that come are removed and added as DEL and ADD do
+			key := func(other node.Endpoint) bool { return other.Key == e.Key }
+			if slices.ContainsFunc(h.pods, key) && !slices.ContainsFunc(was, key) {
+				m, unknown := h.cfg.Maps, uint32(kernelmaps.PolicyUnknown)
+				err := errors.Join(m.RemovePeers([]netip.Prefix{netip.PrefixFrom(e.Addrs[0], 32)}),
+					m.PutPod(kernelmaps.Pod{IfIndex: uint32(i + 1), Addresses: e.Addrs, PolicyIngress: unknown, PolicyEgress: unknown}))
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
 		if r.IntN(10) == 0 {
 			if r.IntN(2) == 0 {
 				if err := h.p.Tidy(); err != nil {
@@ -297,6 +338,11 @@ func TestChanges(t *testing.T) {
 		h.p.retry = h.p.retry.Add(-retryRefused)
 		if _, err := h.p.Commit(context.Background()); err != nil && !errors.Is(err, ErrRefused) {
 			t.Fatal(err)
+		}
+		if r.IntN(2) == 0 { // the next epoch says the same
+			if _, err := h.cfg.Maps.Flip(); err != nil {
+				t.Fatal(err)
+			}
 		}
 		// What is refused is left as it was; the model that counts is of what is in force.
 		var inForce []api.Resource

@@ -489,17 +489,13 @@ func (p *Policy) write(ctx context.Context, d *policy.Delta, changes []change) (
 		return Result{}, err
 	}
 	defer lock.Unlock()
-	whole, ifindex, err := p.complete(d, changes)
+	whole, at, err := p.complete(d, changes)
 	if err != nil {
 		return Result{}, err
 	}
-	settle, err := commit.PutPolicy(p.Maps, whole, func(id string) (uint32, bool) { i, ok := ifindex[id]; return i, ok })
-	inForce := time.Now()
-	if err == nil {
-		err = settle()
-	}
+	inForce, err := p.put(whole, at)
 	if err != nil {
-		p.unsure = p.unsure || !errors.Is(err, maps.ErrFull)
+		p.unsure = true
 		return Result{}, err
 	}
 	p.unsure = false
@@ -508,9 +504,50 @@ func (p *Policy) write(ctx context.Context, d *policy.Delta, changes []change) (
 	return r, nil
 }
 
+// put writes a delta to the maps, and tells since when it is in force.
+func (p *Policy) put(d *policy.Delta, at map[string]maps.Pod) (time.Time, error) {
+	ifindex := func(id string) (uint32, bool) { pod, ok := at[id]; return pod.IfIndex, ok }
+	if p.onlyNew(d, at) {
+		err := commit.AddPolicy(p.Maps, d, ifindex)
+		return time.Now(), err
+	}
+	settle, err := commit.PutPolicy(p.Maps, d, ifindex)
+	if err != nil {
+		return time.Time{}, err
+	}
+	inForce := time.Now()
+	return inForce, settle()
+}
+
+// onlyNew tells whether a delta is only about pods that are cut off until it is in force, or not in the maps yet.
+func (p *Policy) onlyNew(d *policy.Delta, at map[string]maps.Pod) bool {
+	if p.unsure || d.Empty() || len(d.DeletePeers)+len(d.DeleteRows) > 0 {
+		return false
+	}
+	cutOff := func(id string) bool {
+		pod, there := at[id]
+		return !there || pod.PolicyEgress == maps.PolicyUnknown && pod.PolicyIngress == maps.PolicyUnknown
+	}
+	for id := range d.PutPods {
+		if !cutOff(id) {
+			return false
+		}
+	}
+	for _, c := range d.PutPeers {
+		id := ""
+		if c.Prefix.IsSingleIP() && len(p.model.holders[c.Prefix.Addr()]) > 0 {
+			id = p.model.holder(c.Prefix.Addr())
+		}
+		if p.model.local[id] == nil || !cutOff(id) {
+			return false
+		}
+	}
+	return true
+}
+
 // complete is a delta for the maps as they are: with the policy ids of all pods that have others, where the compiler knows only
-// what it changed itself; the same of the addresses of pods that came; and when it is not sure what the maps hold, of all.
-func (p *Policy) complete(d *policy.Delta, changes []change) (whole *policy.Delta, ifindex map[string]uint32, err error) {
+// what it changed itself; the same of the addresses of pods that came; and when it is not sure what the maps hold, of all. at are the pods in the maps.
+func (p *Policy) complete(d *policy.Delta, changes []change) (whole *policy.Delta, at map[string]maps.Pod, err error) {
 	tables := p.model.compiler.Tables()
 	if p.unsure {
 		k, err := readKernel(p.Maps)
@@ -529,26 +566,26 @@ func (p *Policy) complete(d *policy.Delta, changes []change) (whole *policy.Delt
 	if err != nil {
 		return nil, nil, err
 	}
-	at := make(map[netip.Addr]maps.Pod)
+	having := make(map[netip.Addr]maps.Pod)
 	for _, pod := range pods {
 		for _, a := range pod.Addresses {
-			at[a] = pod
+			having[a] = pod
 		}
 	}
-	ifindex = make(map[string]uint32)
+	at = make(map[string]maps.Pod)
 	whole.PutPods, whole.DeletePods = make(map[string]policy.PodPolicies), nil
 	for id, want := range tables.Pods {
 		for _, a := range p.model.endpoints[id].Addresses {
-			pod, there := at[a]
+			pod, there := having[a]
 			if there {
-				ifindex[id] = pod.IfIndex
+				at[id] = pod
 			}
 			if there && want != (policy.PodPolicies{Ingress: pod.PolicyIngress, Egress: pod.PolicyEgress}) {
 				whole.PutPods[id] = want
 			}
 		}
 	}
-	return whole, ifindex, nil
+	return whole, at, nil
 }
 
 // mendPeers adds the addresses of pods that came which have another identity in the maps: who removes a pod removes that of its

@@ -37,6 +37,13 @@ func (m *Maps) SettlePeers(prefixes []netip.Prefix) error {
 	})
 }
 
+// PutPeers writes each prefix's Identity, in every epoch. It is for addresses that nobody has yet.
+func (m *Maps) PutPeers(peers []Peer) error {
+	return m.putPeers(len(peers), func(i int, _ bpf.DataplanePeer, _ uint32) (netip.Prefix, bpf.DataplanePeer) {
+		return peers[i].Prefix, bpf.DataplanePeer{Identity: [2]uint32{peers[i].Identity, peers[i].Identity}}
+	})
+}
+
 // putPeers writes n entries. change is given what the longest prefix that covers all of the i-th one has, itself too, and
 // the index of the slot in force.
 func (m *Maps) putPeers(n int, change func(i int, old bpf.DataplanePeer, current uint32) (netip.Prefix, bpf.DataplanePeer)) error {

@@ -79,6 +79,14 @@ func (m *Maps) StagePod(ifindex, egress, ingress uint32) error {
 	})
 }
 
+// PutPodPolicy gives a pod other policy ids in every epoch. ErrNotFound when there is none.
+func (m *Maps) PutPodPolicy(ifindex, egress, ingress uint32) error {
+	return m.changePod(ifindex, func(value *bpf.DataplanePod, current uint32) {
+		value.Slot[current].PolicyEgress, value.Slot[current].PolicyIngress = egress, ingress
+		value.Slot[current^1] = value.Slot[current]
+	})
+}
+
 // SettlePod makes a pod, in the epoch after this one, what it is now. It is for when no program run holds the previous epoch
 // any more. ErrNotFound when there is none.
 func (m *Maps) SettlePod(ifindex uint32) error {

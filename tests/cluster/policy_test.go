@@ -295,6 +295,22 @@ func TestPolicyAgent(t *testing.T) {
 	p.open(80, true, p.far)
 	ready(t, h, 1)
 
+	// What people add to a pod in the store counts, and its agent leaves it there.
+	var name string
+	for line := range strings.Lines(ctl(t, h, "", "get", "wep", "-n", "clients", "-o", "yaml")) {
+		if found, ok := strings.CutPrefix(strings.TrimSpace(line), "name: h1-"); ok {
+			name = "h1-" + found
+		}
+	}
+	p.apply(fmt.Sprintf(global, "", "Allow"))
+	p.open(80, false, p.near)
+	p.apply(strings.Replace(ctl(t, h, "", "get", "wep", name, "-n", "clients", "-o", "yaml"), "at: near", "at: near\n    extra: \"yes\"", 1))
+	p.apply(strings.Replace(fmt.Sprintf(global, "", "Allow"), `at == "far"`, `has(extra)`, 1))
+	p.open(80, true, p.near)
+	p.open(80, false, p.far)
+	p.apply(fmt.Sprintf(global, "", "Allow"))
+	p.open(80, true, p.far)
+
 	// Pods come and go.
 	late := p.Host(2).TestPod(t, "late", lab.PodOptions{Namespace: "clients", Labels: map[string]string{"at": "far"}})
 	p.open(80, true, late)
