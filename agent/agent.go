@@ -117,6 +117,7 @@ func Run(ctx context.Context, c Config, s store.Store) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	wg.Go(func() { a.policies.run(ctx) })
+	wg.Go(func() { a.policies.publisher(ctx) })
 	wg.Go(func() { a.cluster.follow(ctx) })
 	wg.Go(func() { a.watchLocal(ctx) })
 	wg.Go(func() { a.watchLinks(ctx) })
@@ -143,9 +144,12 @@ func (a *Agent) prepare() error {
 }
 
 // changed asks for a look at everything.
-func (a *Agent) changed() {
+func (a *Agent) changed() { signal(a.wake) }
+
+// signal wakes who waits, or will.
+func signal(c chan struct{}) {
 	select {
-	case a.wake <- struct{}{}:
+	case c <- struct{}{}:
 	default:
 	}
 }
@@ -194,13 +198,13 @@ func (a *Agent) reconcile(ctx context.Context) error {
 	}
 	self, wrote, err := a.register(ctx, v)
 	part("node", err)
+	a.policies.claimed(err == nil)
 	if err != nil {
 		return errors.Join(errs...)
 	}
 	if wrote {
 		v, _ = a.cluster.view() // by the labels that the node has now
 	}
-	part("endpoints", a.policies.publish(ctx))
 	own, surplus, err := a.claim(ctx, v)
 	part("blocks", err)
 	part("tunnel", a.setTunnel(ctx, v, self))

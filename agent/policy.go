@@ -32,6 +32,7 @@ type policies struct {
 	a    *Agent
 	wake chan struct{}
 	asks chan ask
+	tell chan struct{} // there may be something to publish
 
 	mu        sync.Mutex
 	loaded    *enforce.Policy        // nil: not yet
@@ -41,6 +42,7 @@ type policies struct {
 	listed    bool                   // published is what the store has
 	pods      []node.Endpoint        // of this node
 	podsKnown bool
+	named     bool // the store says that this node's name is this host's
 	stale     bool // published may not be what pods are
 }
 
@@ -81,7 +83,7 @@ type answer struct {
 }
 
 func newPolicies(a *Agent) *policies {
-	return &policies{a: a, wake: make(chan struct{}, 1), asks: make(chan ask), heard: make(map[string]store.Event), published: make(map[string]Published)}
+	return &policies{a: a, wake: make(chan struct{}, 1), asks: make(chan ask), tell: make(chan struct{}, 1), heard: make(map[string]store.Event), published: make(map[string]Published)}
 }
 
 // policyKinds are the kinds that are about policy, by the word that their keys begin with.
@@ -125,12 +127,7 @@ func (s *policies) hear(e store.Event) {
 	s.look()
 }
 
-func (s *policies) look() {
-	select {
-	case s.wake <- struct{}{}:
-	default:
-	}
-}
+func (s *policies) look() { signal(s.wake) }
 
 // run keeps policy in force until ctx ends; it stays in force then.
 func (s *policies) run(ctx context.Context) {
@@ -252,6 +249,9 @@ func (k *keeper) keep(ctx context.Context, asked []ask, read bool) {
 	for _, q := range asked {
 		q.answer <- k.answer(q.pod, err)
 	}
+	if len(asked) > 0 {
+		k.publishAsked(asked)
+	}
 	if errors.Is(err, enforce.ErrUnknown) {
 		err = nil
 	}
@@ -270,6 +270,18 @@ func (k *keeper) keep(ctx context.Context, asked []ask, read bool) {
 	if ctx.Err() == nil {
 		k.a.problem("policy", k.trouble(err))
 	}
+}
+
+// publishAsked has pods published before node.db is read again.
+func (k *keeper) publishAsked(asked []ask) {
+	k.mu.Lock()
+	pods := slices.Clone(k.pods)
+	for _, q := range asked {
+		pods = append(slices.DeleteFunc(pods, func(e node.Endpoint) bool { return e.Key == q.pod.Key }), q.pod)
+	}
+	k.pods, k.stale = pods, true
+	k.mu.Unlock()
+	signal(k.tell)
 }
 
 func (k *keeper) answer(pod node.Endpoint, err error) answer {
@@ -357,9 +369,7 @@ func (k *keeper) take() {
 	}
 	k.stale = k.stale || changed
 	k.mu.Unlock()
-	if changed {
-		k.a.changed()
-	}
+	signal(k.tell)
 }
 
 // unpublished notes that an endpoint of this node is gone from the store.
@@ -369,7 +379,6 @@ func (k *keeper) unpublished(e store.Event) {
 	if was, ours := k.published[e.Key]; ours && was.Revision < e.Revision {
 		delete(k.published, e.Key)
 		k.stale = true
-		k.a.changed()
 	}
 }
 
@@ -388,7 +397,7 @@ func (k *keeper) readPods(ctx context.Context) error {
 	k.mu.Lock()
 	k.pods, k.podsKnown, k.stale = pods, true, true
 	k.mu.Unlock()
-	k.a.changed()
+	signal(k.tell)
 	return nil
 }
 
@@ -416,17 +425,58 @@ func (a *Agent) pods(ctx context.Context) ([]node.Endpoint, error) {
 	return pods, err
 }
 
+// claimed says whether the store has this node's name as this host's: else nothing is published under it.
+func (s *policies) claimed(named bool) {
+	s.mu.Lock()
+	s.named = named
+	s.mu.Unlock()
+	signal(s.tell)
+}
+
+// publisher keeps what the store says of this node's pods up to date until ctx ends.
+func (s *policies) publisher(ctx context.Context) {
+	retry := retryFrom
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-s.tell:
+		case <-timer.C:
+		case <-ctx.Done():
+			return
+		}
+		err := s.publish(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		s.a.problem("endpoints", err)
+		if err == nil {
+			retry = retryFrom
+			continue
+		}
+		timer.Reset(retry)
+		retry = min(2*retry, retryTo)
+	}
+}
+
 // publish makes the store say which pods this node has: what differs is written, and what is gone deleted. Only endpoints
 // that say to be this node's are touched.
 func (s *policies) publish(ctx context.Context) error {
 	s.mu.Lock()
-	ready, pods, published := s.podsKnown && s.listed && s.stale, s.pods, maps.Clone(s.published)
+	ready, pods, published := s.named && s.podsKnown && s.listed && s.stale, s.pods, maps.Clone(s.published)
 	s.stale = s.stale && !ready
 	s.mu.Unlock()
 	if !ready {
 		return nil
 	}
 	var errs []error
+	defer func() {
+		if len(errs) > 0 {
+			s.mu.Lock()
+			s.stale = true
+			s.mu.Unlock()
+		}
+	}()
 	for _, pod := range pods {
 		id := enforce.EndpointID(s.a.Node, pod)
 		namespace, name, _ := strings.Cut(id, "/")
@@ -447,11 +497,15 @@ func (s *policies) publish(ctx context.Context) error {
 			revision, err = s.a.put(ctx, key, text, was.KV, exists)
 		}
 		if err != nil {
-			errs = append(errs, fmt.Errorf("publish pod %s: %w", pod.Key, err))
+			if errs = append(errs, fmt.Errorf("publish pod %s: %w", pod.Key, err)); errors.Is(err, store.ErrUnavailable) {
+				return errs[0] // it will not be there for the next one
+			}
 			continue
 		}
 		s.mu.Lock()
-		s.published[key] = Published{store.KV{Key: key, Value: text, Revision: revision}, want}
+		if revision > s.published[key].Revision { // else it was changed again, and heard of already
+			s.published[key] = Published{store.KV{Key: key, Value: text, Revision: revision}, want}
+		}
 		s.mu.Unlock()
 	}
 	for key, was := range published {
@@ -463,11 +517,6 @@ func (s *policies) publish(ctx context.Context) error {
 		if s.published[key].Revision == was.Revision {
 			delete(s.published, key)
 		}
-		s.mu.Unlock()
-	}
-	if len(errs) > 0 {
-		s.mu.Lock()
-		s.stale = true
 		s.mu.Unlock()
 	}
 	return errors.Join(errs...)
