@@ -16,30 +16,28 @@ import (
 	"github.com/caracal-net/caracal/policy"
 )
 
-// enforced is the policy that this node put in force last, as policy.db has it.
-type enforced struct {
-	node  string // this node's name in the store; "": no policy is known
-	model *policy.Model
-	local []pod // as node.db has them
-	weps  []api.Resource
-	rules map[uint32]enforce.Rule // by their ids in the maps
+// told is what this node was told of policy last, as policy.db has it.
+type told struct {
+	node      string // this node's name in the store; "": nothing was ever told
+	model     *policy.Model
+	local     []node.Endpoint // its pods, as node.db has them
+	resources []api.Resource
+	numbers   policy.Numbers
 }
 
-// enforced reads what policy this node was told last, agent or not. Where nothing is known there is the model of its pods alone.
-func (g *globals) enforced(cmd *cobra.Command) (*enforced, error) {
-	ctx := cmd.Context()
-	var local []node.Endpoint
+// told reads what this node was told last, agent or not. Where that is nothing there is the model of its pods alone.
+func (g *globals) told(cmd *cobra.Command) (*told, error) {
+	t, ctx := &told{}, cmd.Context()
 	err := g.view(ctx, func(tx *node.Tx) (err error) {
-		local, err = endpoints(tx)
+		t.local, err = endpoints(tx)
 		return err
 	})
-	if err != nil && !errors.Is(err, node.ErrNoDatabase) {
+	if err != nil {
 		return nil, err
 	}
-	e := &enforced{}
-	resources, numbers, err := enforce.Resources(ctx, g.stateDir)
+	t.resources, t.numbers, err = enforce.Resources(ctx, g.stateDir)
 	if err == nil {
-		e.node, err = enforce.NodeName(ctx, g.stateDir)
+		t.node, err = enforce.NodeName(ctx, g.stateDir)
 	}
 	switch {
 	case errors.Is(err, enforce.ErrCorrupt):
@@ -47,27 +45,40 @@ func (g *globals) enforced(cmd *cobra.Command) (*enforced, error) {
 	case err != nil && !errors.Is(err, enforce.ErrNoDatabase):
 		return nil, err
 	}
-	if e.model, err = enforce.Model(e.node, resources, local); err != nil {
+	if t.model, err = enforce.Model(t.node, t.resources, t.local); err != nil {
 		warn(cmd, "%v", err) // the agent does not enforce it either
 	}
-	for _, l := range local {
-		e.local = append(e.local, recorded(l))
+	return t, nil
+}
+
+// enforced is what this node was told, with what the maps call it.
+type enforced struct {
+	*told
+	pods  []pod                   // of this node
+	weps  []api.Resource          // of all nodes
+	rules map[uint32]enforce.Rule // by their ids in the maps
+}
+
+func (g *globals) enforced(cmd *cobra.Command) (*enforced, error) {
+	t, err := g.told(cmd)
+	if err != nil {
+		return nil, err
 	}
-	for _, r := range resources {
+	e := &enforced{told: t}
+	for _, l := range t.local {
+		e.pods = append(e.pods, recorded(l))
+	}
+	for _, r := range t.resources {
 		if _, is := r.Spec.(*api.WorkloadEndpoint); is {
 			e.weps = append(e.weps, r)
 		}
 	}
-	if e.rules, err = g.ruleNames(cmd, e.model, func(id string) bool {
-		return slices.ContainsFunc(local, func(l node.Endpoint) bool { return enforce.EndpointID(e.node, l) == id })
-	}, numbers); err != nil {
-		return nil, err
-	}
-	return e, nil
+	e.rules, err = g.ruleNames(cmd, t)
+	return e, err
 }
 
 // ruleNames says what the rule ids in the maps stand for: the agent knows; without one the same policy is compiled again.
-func (g *globals) ruleNames(cmd *cobra.Command, m *policy.Model, local func(id string) bool, numbers policy.Numbers) (map[uint32]enforce.Rule, error) {
+func (g *globals) ruleNames(cmd *cobra.Command, t *told) (map[uint32]enforce.Rule, error) {
 	var rules map[uint32]enforce.Rule
 	err := askAgent(cmd.Context(), g.socket, "/v1/policy/rules", &rules)
 	if err == nil && len(rules) > 0 {
@@ -76,13 +87,17 @@ func (g *globals) ruleNames(cmd *cobra.Command, m *policy.Model, local func(id s
 	if err != nil && !errors.Is(err, errNoAgent) {
 		return nil, err
 	}
-	tables, err := policy.Compile(m, policy.Options{Local: local, Numbers: numbers})
+	own := make(map[string]bool)
+	for _, l := range t.local {
+		own[enforce.EndpointID(t.node, l)] = true
+	}
+	tables, err := policy.Compile(t.model, policy.Options{Local: func(id string) bool { return own[id] }, Numbers: t.numbers})
 	if err != nil {
 		return nil, fmt.Errorf("compile the policy that this node was told: %w", err)
 	}
 	rules = make(map[uint32]enforce.Rule, len(tables.Rules))
 	for id, info := range tables.Rules {
-		if id < numbers.Rules.Next { // else it is a number that this compiler gave, and nobody has seen
+		if id < t.numbers.Rules.Next { // else it is a number that this compiler gave, and nobody has seen
 			rules[id] = enforce.RuleOf(info)
 		}
 	}
@@ -133,7 +148,7 @@ type party struct {
 // parties finds the pods that an argument names, of this node and of others.
 func (e *enforced) parties(arg string) []party {
 	var found []party
-	for _, p := range e.local {
+	for _, p := range e.pods {
 		if arg != "" && p.matches(arg) {
 			found = append(found, party{Name: p.title(), Addresses: p.Addresses})
 		}

@@ -1,7 +1,6 @@
 package ctl
 
 import (
-	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -10,7 +9,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/caracal-net/caracal/enforce"
-	"github.com/caracal-net/caracal/node"
 	"github.com/caracal-net/caracal/policy"
 )
 
@@ -55,36 +53,21 @@ type podRules struct {
 }
 
 func (g *globals) policyShow(cmd *cobra.Command, args []string) error {
-	var local []node.Endpoint
-	err := g.view(cmd.Context(), func(tx *node.Tx) (err error) {
-		local, err = endpoints(tx)
-		return err
-	})
+	last, err := g.told(cmd)
 	if err != nil {
 		return err
 	}
-	resources, _, err := enforce.Resources(cmd.Context(), g.stateDir)
-	var name string
-	if err == nil {
-		name, err = enforce.NodeName(cmd.Context(), g.stateDir)
-	}
-	if errors.Is(err, enforce.ErrNoDatabase) {
-		warn(cmd, "no policy was ever known on this node (%s)", err)
-	} else if err != nil {
-		return err
-	}
-	m, err := enforce.Model(name, resources, local)
-	if err != nil {
-		return err
+	if last.node == "" {
+		warn(cmd, "no policy was ever known on this node")
 	}
 	all := []podRules{}
-	for _, e := range local {
-		p := recorded(e)
-		if len(args) > 0 && !p.matches(args[0]) {
+	for _, l := range last.local {
+		p, id := recorded(l), enforce.EndpointID(last.node, l)
+		e := last.model.Endpoints[id]
+		if e == nil || len(args) > 0 && !p.matches(args[0]) {
 			continue
 		}
-		id := enforce.EndpointID(name, e)
-		all = append(all, podRules{p.title(), id, p.Addresses, asked(m, m.Endpoints[id], policy.Ingress), asked(m, m.Endpoints[id], policy.Egress)})
+		all = append(all, podRules{p.title(), id, p.Addresses, asked(last.model, e, policy.Ingress), asked(last.model, e, policy.Egress)})
 	}
 	if len(args) > 0 && len(all) == 0 {
 		return fmt.Errorf("no pod of this node is %q by name, container id or address; see caracalctl pods", args[0])

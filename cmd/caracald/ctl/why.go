@@ -184,7 +184,7 @@ type whyCase struct {
 	question
 	maps   *maps.Maps // nil: nothing is loaded
 	packet policy.Packet
-	pods   []maps.Pod // in the maps
+	inMaps []maps.Pod
 
 	deniedHere bool // by what this node judges
 }
@@ -295,7 +295,7 @@ func (c *whyCase) judge() (again bool, err error) {
 			return false, err
 		}
 		c.Epoch = state.Epoch
-		if c.pods, err = c.maps.Pods(); err != nil {
+		if c.inMaps, err = c.maps.Pods(); err != nil {
 			return false, err
 		}
 	}
@@ -314,7 +314,7 @@ func (c *whyCase) judge() (again bool, err error) {
 }
 
 func (c *whyCase) judgeEnd(d policy.Direction, end *whyEnd, remote netip.Addr) (*oneEnd, error) {
-	pod := holding(c.pods, end.Address)
+	pod := holding(c.inMaps, end.Address)
 	end.Here = pod != nil
 	endpoint := c.model.At(end.Address)
 	if pod == nil && endpoint == nil {
@@ -427,7 +427,7 @@ func (c *whyCase) conclude() error {
 	verdict := func(verdict, reason, format string, args ...any) {
 		c.Verdict, c.Reason, c.Why = verdict, reason, fmt.Sprintf(format, args...)
 	}
-	from, to := holding(c.pods, c.Source.Address), holding(c.pods, c.Destination.Address)
+	from, to := holding(c.inMaps, c.Source.Address), holding(c.inMaps, c.Destination.Address)
 	own, err := hostAddresses()
 	if err != nil {
 		return err
