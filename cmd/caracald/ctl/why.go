@@ -232,7 +232,8 @@ func (o *whyOptions) explain(cmd *cobra.Command, source, destination string) (*e
 	if err := c.findFlows(); err != nil {
 		return nil, err
 	}
-	return c.explanation, c.remember(cmd, o.socket)
+	c.remember(cmd, o.socket)
+	return c.explanation, nil
 }
 
 func (c *whyCase) note(format string, args ...any) {
@@ -560,39 +561,32 @@ func (c *whyCase) findFlows() error {
 }
 
 // remember asks the agent what was dropped between the two, in either direction.
-func (c *whyCase) remember(cmd *cobra.Command, socket string) error {
+func (c *whyCase) remember(cmd *cobra.Command, socket string) {
 	filter := agent.DropFilter{Ends: []netip.Prefix{single(c.Source.Address), single(c.Destination.Address)}}
 	var all agent.Drops
 	err := askAgent(cmd.Context(), socket, "/v1/drops?"+filter.Query().Encode(), &all)
-	if errors.Is(err, errNoAgent) {
-		return nil
-	}
-	if err != nil {
-		return err
+	if err != nil { // the rest of the answer is worth having
+		c.note("what was dropped before is not known: %v", err)
+		return
 	}
 	c.Past = &past{Since: all.Since, Lost: all.Lost, Forgotten: all.Forgotten, Drops: []whyDrop{}}
 	for _, d := range all.Drops {
 		w := whyDrop{Drop: d, Same: c.same(d)}
-		if id := cmp.Or(d.RuleIngress, d.RuleEgress); id != 0 {
-			if d.Reason == "drop_policy_egress" {
-				id = d.RuleEgress
-			}
+		if id := map[string]uint32{"drop_policy_egress": d.RuleEgress, "drop_policy_ingress": d.RuleIngress}[d.Reason]; id != 0 {
 			by := c.enforced.rule(id)
 			w.By = &by
 		}
 		c.Past.Drops = append(c.Past.Drops, w)
 	}
 	slices.SortStableFunc(c.Past.Drops, func(a, b whyDrop) int {
-		return cmp.Compare(btoi(b.Same), btoi(a.Same))
-	})
-	return nil
-}
-
-func btoi(b bool) int {
-	if b {
+		switch {
+		case a.Same == b.Same:
+			return 0
+		case a.Same:
+			return -1
+		}
 		return 1
-	}
-	return 0
+	})
 }
 
 func single(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }

@@ -145,7 +145,7 @@ func (x *explanation) writeFlows(line func(string, string, ...any)) {
 
 func (x *explanation) writePast(line func(string, string, ...any)) {
 	if x.Past == nil {
-		line("drops", "not known: no agent answers")
+		line("drops", "not known")
 		return
 	}
 	if len(x.Past.Drops) == 0 {
