@@ -347,6 +347,12 @@ func (h *host) mapped(add func(string, ...any)) error {
 			add("route %s in the maps", r.Prefix)
 		}
 	}
+	peers, ierr := m.Peers()
+	for _, p := range peers {
+		if p.Prefix.IsSingleIP() {
+			add("identity of %s", p.Prefix)
+		}
+	}
 	flows, ferr := m.Flows()
 	for _, f := range flows {
 		add("flow %s %s %s", f.Protocol, f.Opener, f.Responder)
@@ -360,7 +366,7 @@ func (h *host) mapped(add func(string, ...any)) error {
 			add("quota of %d", key)
 		}
 	}
-	return errors.Join(err, perr, rerr, ferr, qerr)
+	return errors.Join(err, perr, rerr, ierr, ferr, qerr)
 }
 
 func (h *host) recorded(add func(string, ...any)) error {

@@ -1,7 +1,9 @@
 package cni
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -613,4 +615,93 @@ func (h *host) ids(p *pod) [2]uint32 {
 	}
 	h.t.Fatalf("no pod with %s in the maps", p.addr(false))
 	return [2]uint32{}
+}
+
+// TestPolicyAtOnce adds pods at once with no agent: one puts policy in force for all that are there, or each does.
+func TestPolicyAtOnce(t *testing.T) {
+	h := newHost(t)
+	h.conf["policy"] = object{"unknown": "allow"}
+	h.pod().add().del()
+	h.last(onlyApps)
+	pods := make([]*pod, 24)
+	for i := range pods {
+		pods[i] = h.pod()
+		pods[i].conf = role("db")
+		pods[i].conf["log_file_path"] = filepath.Join(h.dir, "cni.log")
+	}
+	each := func(command string) {
+		var group sync.WaitGroup
+		for _, p := range pods {
+			group.Go(func() {
+				if err := p.do(command); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		group.Wait()
+	}
+	for range 3 {
+		each("ADD")
+		ids := h.ids(pods[0])
+		for _, p := range pods {
+			if got := h.ids(p); got != ids || got[0] == caracal.PolicyUnknown || got[0] == 0 || got[1] == 0 {
+				t.Errorf("policy ids %d, and %d of another", got, ids)
+			}
+		}
+		each("DEL")
+		h.clean()
+	}
+	if log, err := os.ReadFile(filepath.Join(h.dir, "cni.log")); err == nil {
+		t.Errorf("the log: %s", log)
+	}
+}
+
+// TestPolicyKilled kills ADD after ever longer times, while policy is being put in force too: DEL removes all of it, and what
+// was in force stays.
+func TestPolicyKilled(t *testing.T) {
+	h := newHost(t)
+	app, stranger, db := h.pod(), h.pod().add(), h.pod()
+	app.conf = role("app")
+	app.add()
+	h.last(onlyApps)
+	db.conf = role("db")
+	db.add()
+	in := db.inbox()
+	defer app.sends("app", db.addr(false))()
+	defer stranger.sends("stranger", db.addr(false))()
+	for _, p := range []*pod{app, stranger, db} {
+		p.settled()
+	}
+	parts := func() []string { return strings.Split(strings.TrimPrefix(h.leftovers().Error(), "left: "), "; ") }
+	rest := parts()
+	for i := range 40 {
+		p := h.pod()
+		p.conf = role("db")
+		stdin, err := json.Marshal(p.config())
+		must(t, err)
+		cmd := exec.Command(h.bin)
+		cmd.Env, cmd.Stdin = p.env("ADD"), bytes.NewReader(stdin)
+		must(t, netns.Do(netns.Path(h.name), cmd.Start))
+		time.Sleep(time.Duration(i) * time.Millisecond)
+		cmd.Process.Kill()
+		cmd.Wait()
+		must(t, p.do("DEL"))
+		eventually(t, "nothing more is left", func() error {
+			for _, now := range parts() {
+				if !slices.Contains(rest, now) && !strings.HasPrefix(now, "flow ") {
+					return errors.New(now)
+				}
+			}
+			return nil
+		})
+		if t.Failed() {
+			break
+		}
+	}
+	in.gets(t, "app v4")
+	in.never(t, "stranger v4")
+	app.del()
+	stranger.del()
+	db.del()
+	h.clean()
 }
