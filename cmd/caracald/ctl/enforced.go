@@ -20,6 +20,7 @@ import (
 type told struct {
 	node      string // this node's name in the store; "": nothing was ever told
 	model     *policy.Model
+	leftOut   error           // what of resources is not in model, a line each
 	local     []node.Endpoint // its pods, as node.db has them
 	resources []api.Resource
 	numbers   policy.Numbers
@@ -45,8 +46,8 @@ func (g *globals) told(cmd *cobra.Command) (*told, error) {
 	case err != nil && !errors.Is(err, enforce.ErrNoDatabase):
 		return nil, err
 	}
-	if t.model, err = enforce.Model(t.node, t.resources, t.local); err != nil {
-		warn(cmd, "%v", err) // the agent does not enforce it either
+	if t.model, t.leftOut = enforce.Model(t.node, t.resources, t.local); t.leftOut != nil {
+		warn(cmd, "left out, as the node does: %v", t.leftOut)
 	}
 	return t, nil
 }

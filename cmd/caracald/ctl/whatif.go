@@ -13,8 +13,6 @@ import (
 	"github.com/caracal-net/caracal/api"
 	"github.com/caracal-net/caracal/enforce"
 	"github.com/caracal-net/caracal/maps"
-	"github.com/caracal-net/caracal/node"
-	"github.com/caracal-net/caracal/policy"
 	"github.com/caracal-net/caracal/store"
 	"github.com/caracal-net/caracal/whatif"
 )
@@ -29,18 +27,7 @@ type whatIfReport struct {
 
 type cutFlow struct {
 	flow
-	By cutBy `json:"by"`
-}
-
-// cutBy is the rule that cuts a flow.
-type cutBy struct {
-	ID        uint32 `json:"id"`
-	Tier      string `json:"tier,omitempty"`
-	Policy    string `json:"policy"`
-	Direction string `json:"direction"`       // egress: of the opener's policy; ingress: of the responder's
-	Index     int    `json:"index"`           // in that direction's rules, from 0; -1: none of them matches
-	Place     string `json:"place,omitempty"` // in the resource's spec
-	Rule      string `json:"rule,omitempty"`  // in words
+	By ruleName `json:"by"`
 }
 
 type unjudgedFlow struct {
@@ -81,7 +68,7 @@ BY is the rule that would deny the flow; IN whose: the opener's egress or the re
 	}
 	fileFlag(cmd, &o.file)
 	cmd.Flags().BoolVar(&o.remove, "delete", false, "if the resources of FILE were deleted")
-	cmd.Flags().IntVar(&o.limit, "limit", 0, "show at most `N` flows; 0: all")
+	cmd.Flags().IntVar(&o.limit, "limit", 0, "at most `N` flows in each table; 0: all")
 	return cmd
 }
 
@@ -121,37 +108,28 @@ func (o *whatIfOptions) run(cmd *cobra.Command) error {
 
 // models makes the policy that is in force on this node and the one that would be. name is the node's, if policy.db does not say it.
 func (o *whatIfOptions) models(cmd *cobra.Command, name string, change []api.Resource) (cfg whatif.Config, err error) {
-	ctx := cmd.Context()
-	var local []node.Endpoint
-	err = o.view(ctx, func(tx *node.Tx) (err error) {
-		local, err = endpoints(tx)
-		return err
-	})
-	if err != nil && !errors.Is(err, node.ErrNoDatabase) {
+	t, err := o.told(cmd)
+	if err != nil {
 		return cfg, err
 	}
-	var inForce []api.Resource
-	inForce, cfg.Numbers, err = enforce.Resources(ctx, o.stateDir)
-	if err == nil {
-		name, err = enforce.NodeName(ctx, o.stateDir)
-	}
-	if errors.Is(err, enforce.ErrNoDatabase) {
+	if t.node == "" {
 		warn(cmd, "no policy is in force on this node yet; what the store has is taken for the other part of what would be")
-		inForce, err = o.fromStore(ctx)
+		t.node = name
+		if t.resources, err = o.fromStore(cmd.Context()); err != nil {
+			return cfg, err
+		}
+		if t.model, t.leftOut = enforce.Model(t.node, t.resources, t.local); t.leftOut != nil {
+			warn(cmd, "left out, as the node would: %v", t.leftOut)
+		}
 	}
+	cfg.InForce, cfg.Numbers = t.model, t.numbers
+	wanted, err := merge(t.resources, change, o.remove)
 	if err != nil {
 		return cfg, err
 	}
-	wanted, err := merge(inForce, change, o.remove)
-	if err != nil {
-		return cfg, err
-	}
-	var before, after error
-	if cfg.InForce, before = enforce.Model(name, inForce, local); before != nil {
-		warn(cmd, "left out, as the node does: %v", before)
-	}
-	cfg.Candidate, after = enforce.Model(name, wanted, local)
-	return cfg, onlyIn(after, before)
+	var leftOut error
+	cfg.Candidate, leftOut = enforce.Model(t.node, wanted, t.local)
+	return cfg, onlyIn(leftOut, t.leftOut)
 }
 
 // fromStore is what the store has about policy.
@@ -224,10 +202,14 @@ func (o *whatIfOptions) show(cmd *cobra.Command, r *whatif.Report, names map[net
 	out := whatIfReport{Flows: r.Flows, Denied: r.Denied, Cut: []cutFlow{}, Unjudged: []unjudgedFlow{}}
 	t := newTable("PROTOCOL", "STATE", "OPENER", "RESPONDER", "SENT", "RECEIVED", "IDLE", "OPENER-POD", "RESPONDER-POD", "IN", "BY")
 	for i, c := range r.Cut {
-		f, by := named(c.Flow), byRule(c)
+		f, by := named(c.Flow), ruleName{c.RuleID, enforce.RuleOf(c.Rule)}
 		out.Cut = append(out.Cut, cutFlow{f, by})
 		if o.limit == 0 || i < o.limit {
-			t.add(f.Protocol, f.State, f.Opener, f.Responder, f.Sent.Packets, f.Received.Packets, brief(f.Idle), f.OpenerPod, f.ResponderPod, by.Direction, by)
+			rule := by.String()
+			if by.Text != "" {
+				rule += ": " + by.Text
+			}
+			t.add(f.Protocol, f.State, f.Opener, f.Responder, f.Sent.Packets, f.Received.Packets, brief(f.Idle), f.OpenerPod, f.ResponderPod, by.Direction, rule)
 		}
 	}
 	unjudged := newTable("PROTOCOL", "STATE", "OPENER", "RESPONDER", "WHY")
@@ -262,20 +244,4 @@ func (o *whatIfOptions) show(cmd *cobra.Command, r *whatif.Report, names map[net
 		warn(cmd, "%d flows are not shown", hidden)
 	}
 	return nil
-}
-
-func byRule(c whatif.Cut) cutBy {
-	by := cutBy{ID: c.RuleID, Tier: c.Rule.Tier, Policy: c.Rule.Policy, Direction: c.Rule.Direction.String(), Index: c.Rule.Index}
-	if r := c.Rule.Rule; r != nil {
-		by.Place, by.Rule = r.Place, r.String()
-	}
-	return by
-}
-
-// String says where the rule stands.
-func (b cutBy) String() string {
-	if b.Place != "" {
-		return fmt.Sprintf("%s, spec.%s: %s", b.Policy, b.Place, b.Rule)
-	}
-	return policy.RuleRef{Tier: b.Tier, Policy: b.Policy, Index: b.Index}.String()
 }
