@@ -325,21 +325,27 @@ func (k *keeper) take() {
 	if all {
 		clear(k.unreadable)
 	}
+	var keys []string
+	var texts [][]byte
 	for key, e := range heard {
-		kind, namespace, name, _ := policyKey(key)
 		delete(k.unreadable, key)
 		if e.Deleted {
+			kind, namespace, name, _ := policyKey(key)
 			k.p.Delete(kind, namespace, name)
 			k.unpublished(e)
 			continue
 		}
-		var r api.Resource
-		err := json.Unmarshal(e.Value, &r)
+		keys, texts = append(keys, key), append(texts, e.Value)
+	}
+	read, errs := enforce.Decode(texts)
+	for i, key := range keys {
+		e, r, err := heard[key], read[i], errs[i]
 		if err == nil && r.Key() != key {
 			err = fmt.Errorf("%w: it is %s", api.ErrInvalid, r)
 		}
 		if err != nil {
 			k.unreadable[key] = err
+			kind, namespace, name, _ := policyKey(key)
 			if have, ok := k.p.Resource(kind, namespace, name); all && ok { // what was in force of it stays
 				resources = append(resources, have)
 			}

@@ -2,6 +2,7 @@ package enforce
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"runtime"
@@ -133,11 +134,11 @@ func BenchmarkIdentities(b *testing.B) {
 		before := heap()
 		b.StartTimer()
 		began, start := time.Now(), cpu()
-		for _, text := range texts {
-			var r api.Resource
-			if err := r.UnmarshalJSON(text); err != nil {
-				b.Fatal(err)
-			}
+		all, errs := Decode(texts)
+		if err := errors.Join(errs...); err != nil {
+			b.Fatal(err)
+		}
+		for _, r := range all {
 			h.p.Put(r)
 		}
 		took += h.commit().InForce.Sub(began)

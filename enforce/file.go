@@ -6,8 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"runtime"
+	"slices"
+	"sync"
 	"time"
 
 	"go.etcd.io/bbolt"
@@ -95,14 +99,27 @@ func read(ctx context.Context, dir string) (saved, error) {
 	if err != nil {
 		return saved{}, err
 	}
-	for _, v := range values { // not while others wait for the file
-		var r api.Resource
-		if err := json.Unmarshal(v, &r); err != nil {
-			return saved{}, fmt.Errorf("%s: %w: %w", filepath.Join(dir, fileName), ErrCorrupt, err)
-		}
-		s.resources = append(s.resources, r)
+	var errs []error
+	if s.resources, errs = Decode(values); errors.Join(errs...) != nil { // not while others wait for the file
+		return saved{}, fmt.Errorf("%s: %w: %w", filepath.Join(dir, fileName), ErrCorrupt, errors.Join(errs...))
 	}
 	return s, nil
+}
+
+// Decode reads resources from their JSON, many at a time. Both results have as many elements as texts.
+func Decode(texts [][]byte) ([]api.Resource, []error) {
+	resources, errs := make([]api.Resource, len(texts)), make([]error, len(texts))
+	var wg sync.WaitGroup
+	each := max(100, len(texts)/runtime.GOMAXPROCS(0)+1)
+	for from := 0; from < len(texts); from += each {
+		wg.Go(func() {
+			for i := from; i < min(from+each, len(texts)); i++ {
+				errs[i] = json.Unmarshal(texts[i], &resources[i])
+			}
+		})
+	}
+	wg.Wait()
+	return resources, errs
 }
 
 // save changes policy.db in one transaction, and makes it if it is not there. A value of nil deletes.
@@ -118,7 +135,8 @@ func save(ctx context.Context, dir, nodeName string, resources map[string][]byte
 		if err := meta.Put([]byte("node"), []byte(nodeName)); err != nil {
 			return err
 		}
-		for key, value := range resources {
+		for _, key := range slices.Sorted(maps.Keys(resources)) { // in the order in which the file has them
+			value := resources[key]
 			var err error
 			if value == nil {
 				err = all.Delete([]byte(key))
