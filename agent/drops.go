@@ -23,7 +23,7 @@ import (
 const (
 	maxDrops = 4096        // kinds of drops that are remembered
 	logAgain = time.Minute // after which a drop that goes on is logged again
-	logRate  = 10          // lines in a second at most
+	logRate  = 10          // lines of a kind in a second at most
 )
 
 // Drop is packets that were dropped alike: from one address to a port of another, for one reason.
@@ -262,9 +262,9 @@ func (a *Agent) serveDrops(w http.ResponseWriter, r *http.Request) {
 
 // watchEvents takes what the programs tell of until ctx ends.
 func (a *Agent) watchEvents(ctx context.Context) {
-	line := limiter{rate: logRate}
+	lines := map[string]*limiter{maps.EventDrop: {rate: logRate}, maps.EventLog: {rate: logRate}}
 	for ctx.Err() == nil {
-		err := a.readEvents(ctx, &line)
+		err := a.readEvents(ctx, lines)
 		if ctx.Err() != nil {
 			return
 		}
@@ -276,7 +276,8 @@ func (a *Agent) watchEvents(ctx context.Context) {
 	}
 }
 
-func (a *Agent) readEvents(ctx context.Context, line *limiter) error {
+// readEvents takes events until ctx ends. lines are for each kind, so that denials do not keep what a rule logs out of the log.
+func (a *Agent) readEvents(ctx context.Context, lines map[string]*limiter) error {
 	events, err := a.maps.Events()
 	if err != nil {
 		return err
@@ -292,12 +293,13 @@ func (a *Agent) readEvents(ctx context.Context, line *limiter) error {
 		if err != nil {
 			return err
 		}
-		if !a.journal.add(e) {
+		line := lines[e.Kind]
+		if !a.journal.add(e) || line == nil {
 			continue
 		}
 		allowed, left := line.allow(time.Now())
 		if left > 0 {
-			a.Log.Info("events left out of this log", "number", left)
+			a.Log.Info("events left out of this log", "kind", e.Kind, "number", left)
 		}
 		if allowed {
 			a.Log.LogAttrs(ctx, slog.LevelInfo, words[e.Kind], a.attributes(e)...)
