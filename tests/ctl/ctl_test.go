@@ -28,6 +28,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/caracal-net/caracal/loader"
+	"github.com/caracal-net/caracal/maps"
 	"github.com/caracal-net/caracal/node"
 	"github.com/caracal-net/caracal/tests/testenv"
 	"github.com/caracal-net/caracal/tools/lab"
@@ -42,6 +43,7 @@ type run struct {
 	ctl    string
 	stdin  string
 	stdout string // of the last ctl
+	counts map[uint32]maps.RuleCount
 }
 
 type runKey struct{}
@@ -68,7 +70,7 @@ func TestScripts(t *testing.T) {
 					h := lab.New(t, cfg).Hosts()[0]
 					e.Values[runKey{}] = &run{t: t, host: h, ctl: ctl}
 					for k, v := range map[string]string{
-						"STATE": h.StateDir(), "BPFFS": h.BPFDir(), "CACHE": h.CacheDir(), "NET": h.Lab().Name, "SOCKET": h.Socket(), "AGENTLOG": h.AgentLog(),
+						"STATE": h.StateDir(), "BPFFS": h.BPFDir(), "CACHE": h.CacheDir(), "NET": h.Lab().Name,
 						"CARACAL_BOOT_ID_FILE": h.BootIDFile(), "PATH": e.Getenv("PATH") + ":/usr/sbin:/sbin",
 					} {
 						e.Setenv(k, v)
@@ -78,7 +80,8 @@ func TestScripts(t *testing.T) {
 				Cmds: map[string]func(*testscript.TestScript, bool, []string){
 					"ctl": runCtl, "as": runAs, "input": input, "pod": podCommand, "ping": ping, "host": hostCommand,
 					"match": match, "parse": parse, "age": age, "hold": hold, "spoil": spoil, "settled": settled,
-					"enforce": enforcePolicy, "serve": serve, "connect": connect, "agent": agentCommand, "seen": seen,
+					"enforce": enforcePolicy, "serve": serve, "connect": connect, "send": send, "agent": agentCommand, "seen": seen, "logged": logged,
+					"ask": askAgent, "counted": counted, "flood": flood, "told": told,
 				},
 			})
 		})
@@ -332,7 +335,7 @@ func hold(ts *testscript.TestScript, _ bool, args []string) {
 	})
 }
 
-// spoil db|reboot|build|schema: what must be refused or told.
+// spoil db|reboot|build|schema|rows|norows: what must be refused or told. rows: every row of policy allows; norows: there are none.
 func spoil(ts *testscript.TestScript, _ bool, args []string) {
 	h := of(ts).host
 	switch args[0] {
@@ -344,6 +347,8 @@ func spoil(ts *testscript.TestScript, _ bool, args []string) {
 		ts.Check(changeState(h.BPFDir(), "build"))
 	case "schema":
 		ts.Check(changeState(h.BPFDir(), "version"))
+	case "rows", "norows":
+		ts.Check(spoilRows(h.BPFDir(), args[0] == "rows"))
 	default:
 		ts.Fatalf("spoil %s?", args[0])
 	}
