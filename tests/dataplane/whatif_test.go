@@ -17,6 +17,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/gopacket/gopacket/layers"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/caracal-net/caracal/api/selector"
 	"github.com/caracal-net/caracal/bpf"
@@ -345,6 +346,14 @@ func BenchmarkWhatIf(bm *testing.B) {
 		}
 		return nil
 	})
+	cpu := func() time.Duration {
+		var u unix.Rusage
+		if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
+			bm.Fatal(err)
+		}
+		return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+	}
+	began := cpu()
 	for bm.Loop() {
 		b.do(func() error {
 			r, err := whatif.Run(context.Background(), whatif.Config{Maps: b.maps, InForce: inForce, Candidate: candidate})
@@ -354,6 +363,7 @@ func BenchmarkWhatIf(bm *testing.B) {
 			return err
 		})
 	}
+	bm.ReportMetric((cpu()-began).Seconds()/float64(bm.N), "cpu-s/op")
 }
 
 // TestWhatIfRandom holds what would be cut against the evaluator, and against what is cut then: flows that one random policy allows, under

@@ -99,6 +99,9 @@ func (o *whatIfOptions) run(cmd *cobra.Command) error {
 	defer time.AfterFunc(slow, p.begin).Stop()
 	r, err := whatif.Run(cmd.Context(), cfg)
 	p.end()
+	if errors.Is(err, context.Canceled) {
+		return fmt.Errorf("interrupted: nothing was changed")
+	}
 	if err != nil {
 		return err
 	}
