@@ -38,7 +38,7 @@ func (m *Maps) Runner() (_ *Runner, err error) {
 	r := &Runner{programs: make(map[string]*ebpf.Program)}
 	defer func() {
 		if err != nil {
-			r.Close()
+			err = errors.Join(err, r.Close())
 		}
 	}()
 	for _, hook := range []string{bpf.DataplaneProgFromPod, bpf.DataplaneProgToPod, bpf.DataplaneProgFromNet, bpf.DataplaneProgToNet} {
@@ -63,16 +63,17 @@ func (m *Maps) Runner() (_ *Runner, err error) {
 
 // Close closes the programs.
 func (r *Runner) Close() error {
+	var errs []error
 	for _, p := range r.programs {
-		p.Close()
+		errs = append(errs, p.Close())
 	}
 	if r.told != nil {
-		r.told.Close()
+		errs = append(errs, r.told.Close())
 	}
 	if r.events != nil {
-		return r.events.Close()
+		errs = append(errs, r.events.Close())
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // Run shows a frame to a program. What it says of the frame is nil if it lets it pass, else the drop. ErrNoInterface.

@@ -125,7 +125,11 @@ func (m *Maps) Restore(s *Snapshot) error {
 	if err := m.state.Lookup(uint32(0), &state); err != nil {
 		return fmt.Errorf("read state: %w", err)
 	}
-	state.Epoch, state.NatFirst, state.NatLast, state.Node = s.state.Epoch, s.state.NatFirst, s.state.NatLast, s.state.Node
+	state.NatFirst, state.NatLast, state.Node = s.state.NatFirst, s.state.NatLast, s.state.Node
+	// The flows were read last, and have epochs that came meanwhile. None of them is to be one of these maps'.
+	if state.Epoch = s.state.Epoch + 1<<31; state.Epoch == 0 {
+		state.Epoch = 2 // the lowest bit selects the slot
+	}
 	state.Flows, state.Staged = uint32(s.Flows()), 1
 	if err := m.state.Update(uint32(0), &state, ebpf.UpdateAny); err != nil {
 		return fmt.Errorf("write state: %w", err)

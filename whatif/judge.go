@@ -66,8 +66,6 @@ func newJudge(m *maps.Maps) (*judge, error) {
 	return j, nil
 }
 
-func (j *judge) close() { j.runner.Close() }
-
 // flow shows the programs a packet of each direction that packets were seen of, where they were seen.
 func (j *judge) flow(f *maps.Flow) (outcome, error) {
 	var unknown string

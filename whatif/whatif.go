@@ -84,7 +84,7 @@ func Run(ctx context.Context, cfg Config) (*Report, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer j.close()
+	defer j.runner.Close()
 	at("what the policies compile to")
 	tables, err := compile(cfg, j.holder)
 	if err != nil {
@@ -197,7 +197,7 @@ func instance(s *maps.Snapshot, cfg loader.Config) (_ *copied, err error) {
 	c := &copied{closeDir: closeDir}
 	defer func() {
 		if err != nil {
-			c.Close()
+			err = errors.Join(err, c.Close())
 		}
 	}()
 	if err := loader.Ensure(cfg); err != nil {
@@ -211,10 +211,11 @@ func instance(s *maps.Snapshot, cfg loader.Config) (_ *copied, err error) {
 
 // Close removes it.
 func (c *copied) Close() error {
+	var err error
 	if c.Maps != nil {
-		c.Maps.Close()
+		err = c.Maps.Close()
 	}
-	return c.closeDir()
+	return errors.Join(err, c.closeDir())
 }
 
 // compiled is how the maps come to the policy in force, and from there to the candidate.
