@@ -103,6 +103,18 @@ func TestRefused(t *testing.T) {
 		t.Errorf("%d rows are left (%v)", len(rows), err)
 	}
 
+	// Or than anybody knew.
+	h.p.room.rows *= 100
+	h.p.retry = h.p.retry.Add(-retryRefused)
+	for range 2 {
+		if _, err := h.p.Commit(context.Background()); !errors.Is(err, kernelmaps.ErrFull) || !strings.Contains(err.Error(), "GlobalNetworkPolicy b") {
+			t.Errorf("%v", err)
+		}
+		h.check(client, web, 81, policy.Deny)
+		h.check(client, web, 80, policy.Allow)
+	}
+	h.p.room.rows /= 100
+
 	// Something that no table can say of one pod: a rule that tells its addresses apart.
 	h.put(global("b", "{order: 1, ingress: [{action: Deny, protocol: TCP, destination: {ports: [81]}}]}"))
 	h.commit()

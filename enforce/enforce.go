@@ -329,7 +329,9 @@ func (p *Policy) Commit(ctx context.Context) (Result, error) {
 	if len(p.refused) > 0 && !began.Before(p.retry) {
 		defer func() { p.retry = time.Now().Add(min(retryShare*time.Since(began), retryRefused)) }()
 		for key, r := range p.refused {
-			changes = append(changes, change{key, p.model.inForce[key], r.thing})
+			if _, newer := p.pending[key]; !newer {
+				changes = append(changes, change{key, p.model.inForce[key], r.thing})
+			}
 		}
 		clear(p.refused)
 	}
@@ -350,7 +352,10 @@ func (p *Policy) Commit(ctx context.Context) (Result, error) {
 	if err != nil {
 		p.undo(done)
 		_, err1 := p.model.update()
-		return Result{}, errors.Join(err, err1, p.save(ctx, done, true))
+		for _, c := range changes {
+			p.pending[c.key] = c.now
+		}
+		return Result{}, errors.Join(about(done, err), err1, p.save(ctx, done, true))
 	}
 	clear(p.pending)
 	p.model.compiler.Accept()
@@ -413,6 +418,21 @@ func named(c change, err error) error {
 	return err
 }
 
+// about says which changes are not in force because of an error: a few of them, by name.
+func about(changes []change, err error) error {
+	if len(changes) == 0 {
+		return err
+	}
+	var names []string
+	for _, c := range changes[:min(len(changes), 3)] {
+		names = append(names, c.name())
+	}
+	if more := len(changes) - len(names); more > 0 {
+		names = append(names, fmt.Sprintf("%d more", more))
+	}
+	return fmt.Errorf("%s: %w", strings.Join(names, ", "), err)
+}
+
 // fits tells whether there is room for what is put, beside all that is there until it is deleted.
 func (p *Policy) fits(d *policy.Delta) error {
 	size := p.model.compiler.Tables().Size()
@@ -465,6 +485,11 @@ func (p *Policy) save(ctx context.Context, changes []change, back bool) error {
 		}
 		if err := put(c.key, t.resource); err != nil {
 			return err
+		}
+	}
+	for key := range p.refused {
+		if !p.model.inForce[key].exists() { // what policy.db has of it can't be put in force any more
+			values[key] = nil
 		}
 	}
 	if len(values) == 0 {
