@@ -546,7 +546,7 @@ func (p *Policy) put(d *policy.Delta, at map[string]maps.Pod) (time.Time, error)
 
 // onlyNew tells whether a delta is only about pods that are cut off until it is in force, or not in the maps yet.
 func (p *Policy) onlyNew(d *policy.Delta, at map[string]maps.Pod) bool {
-	if p.unsure || d.Empty() || len(d.DeletePeers)+len(d.DeleteRows) > 0 {
+	if d.Empty() || len(d.DeletePeers)+len(d.DeleteRows) > 0 {
 		return false
 	}
 	cutOff := func(id string) bool {
