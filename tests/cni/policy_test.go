@@ -86,11 +86,19 @@ func TestUnknownPolicy(t *testing.T) {
 	check := *shut
 	check.conf = object{"policy": object{"unknown": "deny"}, "prevResult": shut.raw}
 	must(t, check.do("CHECK"))
+	// An agent that has heard its store knows that there is no policy.
+	h.claims()
+	eventually(t, "the pod is open", func() error { return shut.pings(open.addr(false)) })
+	late := h.pod()
+	late.conf = object{"policy": object{"unknown": "deny"}}
+	late.add()
+	late.ping(shut.addr(true))
+
 	wrong := h.pod()
 	wrong.conf = object{"policy": object{"unknown": "perhaps"}}
 	wrong.fails(7, "policy.unknown", "ADD")
 	shut.conf = wrong.conf // spoilt since
-	for _, p := range []*pod{none, open, shut} {
+	for _, p := range []*pod{none, open, shut, late} {
 		p.del()
 	}
 	h.clean()
@@ -366,15 +374,22 @@ func (h *host) apply(yaml string) {
 	h.run(testenv.Bin(h.t, "caracalctl"), "--state-dir", h.state(), "apply", "-f", file)
 }
 
-// cluster makes the host one of a cluster's, with onlyApps in its store, and starts an agent.
-func (h *host) cluster() *daemon {
+// claims makes the host one of a cluster's and starts an agent.
+func (h *host) claims() *daemon {
 	h.t.Helper()
 	h.apply(pools)
-	h.apply(onlyApps)
 	d := h.agent()
 	h.conf["ipam"] = object{"type": "caracal-ipam", "cluster": true}
 	p := h.pod()
 	eventually(h.t, "the agent has claimed blocks", func() error { return p.do("STATUS") })
+	return d
+}
+
+// cluster does so with onlyApps in the store.
+func (h *host) cluster() *daemon {
+	h.t.Helper()
+	h.apply(onlyApps)
+	d := h.claims()
 	eventually(h.t, "the agent knows policy", func() error {
 		_, err := os.Stat(filepath.Join(h.state(), "policy.db"))
 		return err
