@@ -64,6 +64,9 @@ func TestScripts(t *testing.T) {
 					if strings.HasSuffix(script, "_outside.txtar") { // there is a world outside, and pods are masqueraded
 						cfg.Outside, cfg.Plugin = true, map[string]any{"ipMasq": true}
 					}
+					if strings.HasSuffix(script, "_unknown.txtar") {
+						cfg.Plugin = map[string]any{"policy": map[string]any{"unknown": "deny"}}
+					}
 					if strings.HasSuffix(script, "_agent.txtar") { // pools are the agent's matter
 						cfg.Cluster = true
 					}
@@ -192,12 +195,18 @@ func until(ts *testscript.TestScript, what string, done func() bool) {
 	}
 }
 
-// ping POD ADDRESS: one answered ping.
-func ping(ts *testscript.TestScript, _ bool, args []string) {
+// ping POD ADDRESS: one answered ping; ! ping: none is within a second.
+func ping(ts *testscript.TestScript, neg bool, args []string) {
 	p, err := of(ts).host.Pod(args[0])
 	ts.Check(err)
-	_, err = p.Exec(context.Background(), "ping", "-n", "-c", "1", "-W", "5", args[1])
-	ts.Check(err)
+	wait := "5"
+	if neg {
+		wait = "1"
+	}
+	_, err = p.Exec(context.Background(), "ping", "-n", "-c", "1", "-W", wait, args[1])
+	if neg != (err != nil) {
+		ts.Fatalf("ping %s: %v", strings.Join(args, " "), err)
+	}
 }
 
 // host ARG...: a program in the node's namespace; ! host: that must fail.
