@@ -98,7 +98,13 @@ spec:
 			c.Close()
 			t.Errorf("%s:81 takes connections", to)
 		}
-		newFlow(t, a, to, 80)
+		f := newFlow(t, a, to, 80)
+		answer, err := why(t, h2, netip.AddrPortFrom(to, 80).String(), f.LocalAddr().String())
+		must(t, err)
+		if answer.Verdict != "allowed" || answer.Ingress == nil || answer.Ingress.By.Policy != name || len(answer.Flows) != 1 ||
+			!slices.ContainsFunc(answer.Notes, func(n string) bool { return strings.Contains(n, "answers a flow that default/a opened") }) {
+			t.Errorf("the answer: %+v", answer)
+		}
 		allowed, err := why(t, h2, from.String(), "b:80")
 		must(t, err)
 		if allowed.Verdict != "allowed" || len(allowed.Flows) != 1 || allowed.Flows[0].IngressBy == nil || allowed.Flows[0].IngressBy.Place != "ingress[0].from[0]" {

@@ -185,6 +185,7 @@ type whyCase struct {
 	maps   *maps.Maps // nil: nothing is loaded
 	packet policy.Packet
 	inMaps []maps.Pod
+	flows  []maps.Flow
 
 	deniedHere bool // by what this node judges
 }
@@ -214,6 +215,9 @@ func (o *whyOptions) explain(cmd *cobra.Command, source, destination string) (*e
 	if e.node == "" {
 		c.note("this node was never told of any policy")
 	}
+	if err := c.orient(); err != nil {
+		return nil, err
+	}
 	for n := 1; ; n++ {
 		again, err := c.judge()
 		if err != nil {
@@ -229,9 +233,7 @@ func (o *whyOptions) explain(cmd *cobra.Command, source, destination string) (*e
 	if err := c.conclude(); err != nil {
 		return nil, err
 	}
-	if err := c.findFlows(); err != nil {
-		return nil, err
-	}
+	c.findFlows()
 	c.remember(cmd, o.socket)
 	return c.explanation, nil
 }
@@ -518,15 +520,33 @@ func hostAddresses() ([]netip.Addr, error) {
 	return out, nil
 }
 
-// findFlows finds the flows that were opened as it was asked, or that the packet answers.
-func (c *whyCase) findFlows() error {
+// orient turns the question about if the packet answers a flow: it is judged as the flow was opened.
+func (c *whyCase) orient() error {
 	if c.maps == nil {
 		return nil
 	}
-	all, err := c.maps.Flows()
-	if err != nil {
+	var err error
+	if c.flows, err = c.maps.Flows(); err != nil {
 		return err
 	}
+	if c.port == 0 || c.sourcePort == 0 {
+		return nil
+	}
+	from, to := netip.AddrPortFrom(c.Source.Address, c.sourcePort), netip.AddrPortFrom(c.Destination.Address, c.port)
+	answers := slices.ContainsFunc(c.flows, func(f maps.Flow) bool {
+		return f.Protocol == strings.ToLower(c.Protocol) && f.Opener == to && f.Responder == from
+	})
+	if !answers {
+		return nil
+	}
+	q := &c.question
+	q.source, q.destination, q.sourcePort, q.port = to.Addr().String(), from.Addr().String(), to.Port(), from.Port()
+	c.note("such a packet answers a flow that %s opened, and is judged as that flow: this is about it", c.Destination)
+	return c.ends()
+}
+
+// findFlows finds the flows that were opened as it was asked.
+func (c *whyCase) findFlows() {
 	named := func(id uint32) *ruleName {
 		if id == 0 {
 			return nil
@@ -534,30 +554,19 @@ func (c *whyCase) findFlows() error {
 		n := c.enforced.rule(id)
 		return &n
 	}
-	for _, f := range all {
-		opened := f.Opener.Addr() == c.Source.Address && f.Responder.Addr() == c.Destination.Address
-		answered := f.Opener.Addr() == c.Destination.Address && f.Responder.Addr() == c.Source.Address
-		if f.Protocol != strings.ToLower(c.Protocol) {
+	for _, f := range c.flows {
+		if f.Protocol != strings.ToLower(c.Protocol) || f.Opener.Addr() != c.Source.Address || f.Responder.Addr() != c.Destination.Address {
 			continue
 		}
-		if c.protocol.HasPorts() {
-			opened = opened && (c.port == 0 || c.port == f.Responder.Port()) && (c.sourcePort == 0 || c.sourcePort == f.Opener.Port())
-			answered = answered && c.port != 0 && c.port == f.Opener.Port() && c.sourcePort == f.Responder.Port()
-		} else if c.isICMP() {
-			opened = opened && f.ICMPType == c.packet.ICMPType && f.ICMPCode == c.packet.ICMPCode
-			answered = false
+		if c.protocol.HasPorts() && (c.port != 0 && c.port != f.Responder.Port() || c.sourcePort != 0 && c.sourcePort != f.Opener.Port()) ||
+			c.isICMP() && (f.ICMPType != c.packet.ICMPType || f.ICMPCode != c.packet.ICMPCode) {
+			continue
 		}
-		if answered {
-			c.note("there is a flow that %s opened, and such a packet answers it: it is not judged as an opening", c.Destination)
-		}
-		if opened && c.deniedHere {
+		if c.deniedHere {
 			c.note("the flows that were let in before are denied too by now: their packets are dropped")
 		}
-		if opened || answered {
-			c.Flows = append(c.Flows, whyFlow{Flow: f, EgressBy: named(f.RuleEgress), IngressBy: named(f.RuleIngress)})
-		}
+		c.Flows = append(c.Flows, whyFlow{Flow: f, EgressBy: named(f.RuleEgress), IngressBy: named(f.RuleIngress)})
 	}
-	return nil
 }
 
 // remember asks the agent what was dropped between the two, in either direction.
