@@ -632,3 +632,79 @@ func TestWhatIfBusy(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// What leaves with the host's address is judged as any other, also when only to_net sees it.
+func TestWhatIfMasquerade(t *testing.T) {
+	b := newNATBench(t, loader.Config{})
+	endpoints := map[string]*policy.Endpoint{"a": endpointOf(b.a), "b": endpointOf(b.b)}
+	e := b.enforce(b.a, b.b)
+	inForce := &policy.Model{Endpoints: endpoints}
+	protocol := uint8(17)
+	only := &policy.Policy{ID: "only UDP", Egress: &policy.Rules{Rules: []policy.Rule{{Action: policy.Allow, Protocol: &protocol}}}}
+	candidate := &policy.Model{Endpoints: endpoints, Tiers: []policy.Tier{{Name: "default", Default: policy.Deny, Policies: []*policy.Policy{only}}}}
+	e.set(inForce)
+	translated := func(frame []byte) result {
+		return b.run("to_net", frame, skb{ifindex: uint32(b.up), ingress: uint32(b.a.commit.IfIndex)})
+	}
+	plain := func(frame []byte) result { return b.leave(b.a, frame) }
+	for i, ends := range [][2]netip.Addr{{b.a.v4, stranger4}, {b.a.v6, stranger6}} {
+		for j, leave := range []func([]byte) result{plain, translated} {
+			port := uint16(5000 + 10*i + j)
+			src, dst := at(ends[0], port), at(ends[1], 443)
+			leaves := func(frame []byte) []byte {
+				t.Helper()
+				r := leave(frame)
+				if r.verdict != "forward_masqueraded" {
+					t.Fatal(r.verdict)
+				}
+				return mirror(r.out)
+			}
+			answers := func(frame []byte) {
+				t.Helper()
+				r := b.fromNet(frame)
+				if r.verdict != "stack_answer" && r.verdict != "stack_reply" {
+					t.Fatal(r.verdict)
+				}
+				r = b.run("to_pod", r.out, skb{ifindex: uint32(b.a.commit.IfIndex), ingress: uint32(b.up)})
+				if r.verdict != "forward_from_stack" {
+					t.Fatal(r.verdict)
+				}
+			}
+			answers(leaves(udp(b.a, src, dst, 8)))
+			answers(leaves(echo(b.a, ends[0], ends[1], port, false)))
+			back := leaves(tcp(b.a, src, dst, "S", 0))
+			back[47+20*i] |= 0x10 // SYN and ACK
+			answers(summed(back))
+			leaves(tcp(b.a, src, dst, "A", 0))
+		}
+	}
+	report, err := b.whatIf(e, inForce, candidate)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if report.Flows != 12 || len(report.Cut) != 8 || len(report.Unjudged) != 0 {
+		t.Fatalf("%+v; want 12 flows, of which those of TCP and ICMP would be cut", report)
+	}
+	for _, c := range report.Cut {
+		if c.Protocol == "udp" || c.Verdict != "drop_policy_egress" {
+			t.Errorf("%+v", c)
+		}
+	}
+	e.set(candidate)
+	for i, ends := range [][2]netip.Addr{{b.a.v4, stranger4}, {b.a.v6, stranger6}} {
+		for j, leave := range []func([]byte) result{plain, translated} {
+			port := uint16(5000 + 10*i + j)
+			src, dst := at(ends[0], port), at(ends[1], 443)
+			for verdict, frames := range map[string][][]byte{
+				"forward_masqueraded": {udp(b.a, src, dst, 8)},
+				"drop_policy_egress":  {tcp(b.a, src, dst, "A", 1), echo(b.a, ends[0], ends[1], port, false)},
+			} {
+				for _, f := range frames {
+					if r := leave(f); r.verdict != verdict {
+						t.Errorf("%s, want %s", r.verdict, verdict)
+					}
+				}
+			}
+		}
+	}
+}
