@@ -25,7 +25,7 @@ static __always_inline bool holds_v4(const struct pod_slot *slot, __be32 address
 }
 
 // arp_stage answers the pod's requests for its gateway (RFC 826) and keeps it from speaking for others.
-static __noinline int arp_stage(struct __sk_buff *ctx, struct pod *pod, const struct pod_slot *slot)
+static __noinline int arp_stage(struct __sk_buff *ctx, const struct found_pod *pod, const struct pod_slot *slot)
 {
 	struct arp a, reply;
 	__be32 sender, target;
@@ -75,7 +75,7 @@ static __always_inline __u16 fold(__u32 sum)
 }
 
 // advertise answers a neighbour solicitation for fe80::1 to who asked.
-static __noinline int advertise(struct __sk_buff *ctx, struct pod *pod, __u8 *asker)
+static __noinline int advertise(struct __sk_buff *ctx, const struct found_pod *pod, __u8 *asker)
 {
 	struct nd n ADDRESS = {};
 	__u8 frame[12];
@@ -107,7 +107,8 @@ static __noinline int advertise(struct __sk_buff *ctx, struct pod *pod, __u8 *as
 }
 
 // nd_stage handles neighbour discovery (RFC 4861) and MLD (RFC 3810): nothing of it is ever forwarded.
-static __noinline int nd_stage(struct __sk_buff *ctx, struct packet *p, struct pod *pod, const struct pod_slot *slot)
+static __noinline int nd_stage(struct __sk_buff *ctx, struct packet *p, const struct found_pod *pod,
+			       const struct pod_slot *slot)
 {
 	__u8 target[16] ADDRESS, from[16] ADDRESS;
 	bool mine;

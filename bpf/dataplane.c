@@ -34,13 +34,16 @@ static __always_inline bool plain(struct __sk_buff *ctx, const struct packet *p)
 }
 
 // learn keeps the pod's MAC address up to date, for packets that come out of the host's stack.
-static __always_inline void learn(struct __sk_buff *ctx, struct pod *pod)
+static __always_inline void learn(struct __sk_buff *ctx, const struct found_pod *found)
 {
+	__u32 ifindex = found->ifindex;
+	struct pod *pod;
 	__u8 mac[6];
 
-	if (bpf_skb_load_bytes(ctx, 6, mac, 6) || mac[0] & 1)
+	if (bpf_skb_load_bytes(ctx, 6, mac, 6) || mac[0] & 1 || likely(!__builtin_memcmp(found->mac, mac, 6)))
 		return;
-	if (__builtin_memcmp(pod->mac, mac, 6))
+	pod = bpf_map_lookup_elem(&caracal_pods, &ifindex);
+	if (pod)
 		__builtin_memcpy(pod->mac, mac, 6);
 }
 
@@ -48,19 +51,19 @@ static __always_inline void learn(struct __sk_buff *ctx, struct pod *pod)
 static __noinline int from_pod_slow(struct __sk_buff *ctx, struct packet *p, int parsed)
 {
 	__u32 ifindex = ctx->ifindex;
-	struct pod *pod = bpf_map_lookup_elem(&caracal_pods, &ifindex);
+	struct found_pod *pod = find_self(ifindex, p->epoch);
 	struct origin o = {};
 	int v;
 
 	if (!pod)
 		return DROP_INTERFACE;
-	o.self = &pod->slot[p->epoch & 1];
+	o.self = pod;
 	learn(ctx, pod);
 	if (parsed == STACK_ARP)
-		return arp_stage(ctx, pod, o.self);
+		return arp_stage(ctx, pod, &pod->slot);
 	if (p->flags & PKT_ND)
-		return nd_stage(ctx, p, pod, o.self);
-	if ((v = admit_stage(ctx, p, o.self)))
+		return nd_stage(ctx, p, pod, &pod->slot);
+	if ((v = admit_stage(ctx, p, &pod->slot)))
 		return v;
 	if ((v = route_stage(ctx, p, o.self, &o.peer)))
 		return v;
@@ -88,7 +91,7 @@ static __always_inline int from_pod_stages(struct __sk_buff *ctx, struct packet 
 }
 
 // readdress gives a frame from the host's stack the MAC address that the pod has now.
-static __always_inline void readdress(struct __sk_buff *ctx, struct pod *pod)
+static __always_inline void readdress(struct __sk_buff *ctx, const struct found_pod *pod)
 {
 	__u8 mac[6];
 
@@ -101,7 +104,7 @@ static __always_inline void readdress(struct __sk_buff *ctx, struct pod *pod)
 static __noinline int to_pod_slow(struct __sk_buff *ctx, struct packet *p)
 {
 	__u32 ifindex = ctx->ifindex;
-	struct pod *pod = bpf_map_lookup_elem(&caracal_pods, &ifindex);
+	struct found_pod *pod = find_peer(ifindex, p->epoch);
 	struct origin o = {};
 	struct route *r;
 	__u8 to[16] ADDRESS;
@@ -117,18 +120,13 @@ static __noinline int to_pod_slow(struct __sk_buff *ctx, struct packet *p)
 		return FORWARD_FROM_STACK;
 	if (p->flags & PKT_ICMP_ERROR && !ctx->ingress_ifindex)
 		return FORWARD_FROM_STACK;
-	o.peer = &pod->slot[p->epoch & 1];
+	o.peer = pod;
 	o.charged = ifindex;
 	o.entered = ctx->ingress_ifindex ? ENTERED_STACK : ENTERED_HOST;
 	if (ctx->ingress_ifindex) { // another pod of this node, after translation?
 		r = find_route(source(p));
-		if (r && r->kind == ROUTE_LOCAL_POD) {
-			__u32 from = r->ifindex;
-			struct pod *sender = bpf_map_lookup_elem(&caracal_pods, &from);
-
-			if (sender)
-				o.self = &sender->slot[p->epoch & 1];
-		}
+		if (r && r->kind == ROUTE_LOCAL_POD)
+			o.self = find_self(r->ifindex, p->epoch);
 	}
 	p->to.forward = FORWARD_DELIVER;
 	if ((v = p->flags & PKT_ICMP_ERROR ? related(ctx, p, &o) : track(ctx, p, &o)))
@@ -267,7 +265,7 @@ static __always_inline bool as_from_pod(const struct flow_leg *leg, __u32 epoch,
 }
 
 // leaves masquerades what is to be. What answers a flow that came from outside keeps its pod's address.
-static __always_inline int leaves(struct __sk_buff *ctx, struct packet *p, const struct pod_slot *self, int judged)
+static __always_inline int leaves(struct __sk_buff *ctx, struct packet *p, const struct found_pod *self, int judged)
 {
 	bool wanted = masquerades(self, find_route(destination(p)), p->is_v6);
 	struct flow *f;
@@ -293,16 +291,16 @@ static __noinline int to_net_slow(struct __sk_buff *ctx, struct packet *p)
 	struct route *from = find_route(source(p));
 	struct origin o = {};
 	struct flow *f;
-	struct pod *pod;
+	struct found_pod *pod;
 	int v;
 
 	if (!from || from->kind != ROUTE_LOCAL_POD)
 		return STACK_OTHER;
 	o.charged = from->ifindex;
-	pod = bpf_map_lookup_elem(&caracal_pods, &o.charged);
+	pod = find_self(o.charged, p->epoch);
 	if (!pod || is_multicast(destination(p)))
 		return STACK_OTHER;
-	o.self = &pod->slot[p->epoch & 1];
+	o.self = pod;
 	o.entered = ENTERED_STACK;
 	f = find_flow(&p->key);
 	v = FORWARD_JUDGED;

@@ -308,7 +308,21 @@ type DataplaneUplink struct {
 }
 
 type DataplaneWork struct {
-	_          structs.HostLayout
+	_      structs.HostLayout
+	Sender struct {
+		_       structs.HostLayout
+		Slot    DataplanePodSlot
+		Mac     [6]uint8
+		HostMac [6]uint8
+		Ifindex uint32
+	}
+	Receiver struct {
+		_       structs.HostLayout
+		Slot    DataplanePodSlot
+		Mac     [6]uint8
+		HostMac [6]uint8
+		Ifindex uint32
+	}
 	Host       DataplaneNat
 	Pod        DataplaneNat
 	Inner      DataplaneFlowKey

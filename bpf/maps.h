@@ -365,9 +365,18 @@ struct judgement {
 	__u32 pad;
 };
 
+// A pod as a packet's epoch has it, copied from caracal_pods.
+struct found_pod {
+	struct pod_slot slot;
+	__u8 mac[6];
+	__u8 host_mac[6];
+	__u32 ifindex; // 0: none was found
+};
+
 // What is too much for the stack. No program of a hook runs inside another on a CPU.
 struct work {
-	struct nat host, pod; // the entries of a masqueraded flow
+	struct found_pod sender, receiver; // see copy_pod()
+	struct nat host, pod;              // the entries of a masqueraded flow
 	struct flow_key inner, answer,
 	    held; // its tuples, of the pod and outside; the inner one of who has the port it wants
 	struct flow_key gone, gone_answer; // likewise, of a flow that is removed

@@ -2,6 +2,72 @@
 #pragma once
 #include "policy.h"
 
+// same_pod tells whether what was copied is what the pod's entry has. It has one branch: the verifier walks all ways.
+static __always_inline bool same_pod(const struct found_pod *f, const struct pod *pod, __u32 epoch)
+{
+	const __u64 *a = (const __u64 *)&f->slot, *b = (const __u64 *)&pod->slot[epoch & 1];
+	const __u32 *m = (const __u32 *)f->mac, *n = (const __u32 *)pod->mac;
+	__u64 differs = 0;
+
+#pragma unroll
+	for (int i = 0; i < (int)sizeof(struct pod_slot) / 8; i++)
+		differs |= a[i] ^ READ_ONCE(b[i]);
+#pragma unroll
+	for (int i = 0; i < 3; i++)
+		differs |= m[i] ^ READ_ONCE(n[i]);
+	return !differs;
+}
+
+// copy_pod copies the entry of the pod behind an interface, as an epoch has it, to work()->sender or ->receiver. 1: there is
+// one. User space may replace an entry that a program looks at, and the kernel gives its place to whatever entry is written
+// next, at once. So what was copied is that pod's only if its entry is still in the same place afterwards, and says the same.
+__noinline int copy_pod(__u32 ifindex, __u32 epoch, int receiver)
+{
+	struct work *w = work();
+	struct found_pod *f;
+	struct pod *pod;
+
+	if (!w)
+		return 0;
+	f = receiver ? &w->receiver : &w->sender;
+	f->ifindex = 0;
+	for (int i = 0; i < 4; i++) {
+		pod = bpf_map_lookup_elem(&caracal_pods, &ifindex);
+		if (!pod)
+			return 0;
+		f->slot = pod->slot[epoch & 1];
+		__builtin_memcpy(f->mac, pod->mac, 12);
+		barrier();
+		if (bpf_map_lookup_elem(&caracal_pods, &ifindex) == pod && same_pod(f, pod, epoch)) {
+			f->ifindex = ifindex;
+			return 1;
+		}
+	}
+	return 0;
+}
+
+// find_self is the pod that sends, or NULL.
+static __always_inline struct found_pod *find_self(__u32 ifindex, __u32 epoch)
+{
+	struct work *w;
+
+	if (!copy_pod(ifindex, epoch, false))
+		return NULL;
+	w = work();
+	return w ? &w->sender : NULL;
+}
+
+// find_peer is the pod that receives, or NULL.
+static __always_inline struct found_pod *find_peer(__u32 ifindex, __u32 epoch)
+{
+	struct work *w;
+
+	if (!copy_pod(ifindex, epoch, true))
+		return NULL;
+	w = work();
+	return w ? &w->receiver : NULL;
+}
+
 // holds tells whether a pod has an address. Unused places are ::, which no pod has.
 static __always_inline bool holds(const struct pod_slot *slot, const __u8 *address)
 {
@@ -41,35 +107,35 @@ static __always_inline bool inside(const struct route *r)
 }
 
 // masquerades tells whether a pod's packet by route r leaves with the host's address.
-static __always_inline bool masquerades(const struct pod_slot *self, const struct route *r, bool is_v6)
+static __always_inline bool masquerades(const struct found_pod *self, const struct route *r, bool is_v6)
 {
-	return self->flags & (is_v6 ? POD_MASQUERADE_V6 : POD_MASQUERADE_V4) && !inside(r);
+	return self->slot.flags & (is_v6 ? POD_MASQUERADE_V6 : POD_MASQUERADE_V4) && !inside(r);
 }
 
 // to_pod_stage sets p->to from the route of a local pod. self is the sender, NULL when it is no pod of this node.
-static __always_inline int to_pod_stage(struct packet *p, const struct route *r, const struct pod_slot *self,
-					const struct pod_slot **peer)
+static __always_inline int to_pod_stage(struct packet *p, const struct route *r, const struct found_pod *self,
+					const struct found_pod **peer)
 {
 	const struct pod_slot *slot;
-	struct pod *pod;
+	struct found_pod *pod;
 
 	p->to.ifindex = r->ifindex;
-	pod = bpf_map_lookup_elem(&caracal_pods, &p->to.ifindex);
+	pod = find_peer(r->ifindex, p->epoch);
 	if (!pod)
 		return DROP_NO_POD;
-	slot = &pod->slot[p->epoch & 1];
+	slot = &pod->slot;
 	if (!holds(slot, destination(p)))
 		return DROP_NO_POD;
-	*peer = slot;
+	*peer = pod;
 	p->to.mtu = slot->mtu;
-	p->to.forward = ((self ? self->flags : 0) | slot->flags) & POD_SHAPED ? FORWARD_SHAPED : FORWARD_TO_POD;
+	p->to.forward = ((self ? self->slot.flags : 0) | slot->flags) & POD_SHAPED ? FORWARD_SHAPED : FORWARD_TO_POD;
 	__builtin_memcpy(p->to.hop, pod->mac, 12);
 	return VERDICT_NEXT;
 }
 
 // to_net_stage sets p->to from the route to another host's block.
 static __always_inline void to_net_stage(struct __sk_buff *ctx, struct packet *p, const struct route *r,
-					 const struct pod_slot *self)
+					 const struct found_pod *self)
 {
 	__u32 mtu = 0;
 
@@ -80,9 +146,9 @@ static __always_inline void to_net_stage(struct __sk_buff *ctx, struct packet *p
 	if (bpf_check_mtu(ctx, r->ifindex, &mtu, 0, 0) >= 0 && (!r->mtu || r->mtu > mtu))
 		p->to.mtu = mtu > 0xffff ? 0xffff : mtu;
 	p->to.ifindex = r->ifindex;
-	p->to.forward = self->flags & POD_SHAPED  ? FORWARD_SHAPED
-			: r->kind == ROUTE_TUNNEL ? FORWARD_TO_TUNNEL
-						  : FORWARD_TO_NET;
+	p->to.forward = self->slot.flags & POD_SHAPED ? FORWARD_SHAPED
+			: r->kind == ROUTE_TUNNEL     ? FORWARD_TO_TUNNEL
+						      : FORWARD_TO_NET;
 	__builtin_memcpy(p->to.hop, r->next_hop, 16);
 }
 
@@ -95,8 +161,8 @@ static __always_inline void to_stack_stage(struct packet *p)
 
 // route_stage sets p->to from the destination of a pod's packet. *peer becomes the pod that holds it, when it is one of
 // this node's.
-static __always_inline int route_stage(struct __sk_buff *ctx, struct packet *p, const struct pod_slot *self,
-				       const struct pod_slot **peer)
+static __always_inline int route_stage(struct __sk_buff *ctx, struct packet *p, const struct found_pod *self,
+				       const struct found_pod **peer)
 {
 	struct route *r = find_route(destination(p));
 

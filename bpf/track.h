@@ -4,11 +4,11 @@
 
 // Where a packet came from, for the flow.
 struct origin {
-	__u32 ifindex;               // as in flow_leg.ifindex_in
-	__u32 charged;               // whose quota a new flow counts against
-	enum flow_entry entered;     // of a new flow
-	const struct pod_slot *self; // the sender, NULL when it is no pod of this node
-	const struct pod_slot *peer; // the receiver, likewise
+	__u32 ifindex;                // as in flow_leg.ifindex_in
+	__u32 charged;                // whose quota a new flow counts against
+	enum flow_entry entered;      // of a new flow
+	const struct found_pod *self; // the sender, NULL when it is no pod of this node
+	const struct found_pod *peer; // the receiver, likewise
 };
 
 // reopens tells whether a packet starts a new connection in the place of flow f: a SYN, or an INIT of SCTP, when f is
@@ -30,15 +30,15 @@ static __always_inline bool reopens(const struct packet *p, const struct flow *f
 static __always_inline int oriented(const struct packet *p, const struct origin *o, const struct flow_key *k,
 				    bool reply, __u32 opened)
 {
-	const struct pod_slot *opener = reply ? o->peer : o->self;
-	const struct pod_slot *responder = reply ? o->self : o->peer;
+	const struct found_pod *opener = reply ? o->peer : o->self;
+	const struct found_pod *responder = reply ? o->self : o->peer;
 	__u32 egress = 0, ingress = 0;
 
-	if (o->entered != ENTERED_HOST && opener != responder) {
+	if (o->entered != ENTERED_HOST && (!opener || !responder || opener->ifindex != responder->ifindex)) {
 		if (opener)
-			egress = opener->policy_egress;
+			egress = opener->slot.policy_egress;
 		if (responder)
-			ingress = responder->policy_ingress;
+			ingress = responder->slot.policy_ingress;
 	}
 	return judge(p, k, egress, ingress, opened);
 }

@@ -3,6 +3,8 @@ package dataplane
 import (
 	"fmt"
 	"slices"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -215,4 +217,80 @@ func TestDenyMoves(t *testing.T) {
 				iterations, moves/time.Duration(iterations), open.there.sent.Load()-there, open.back.sent.Load()-back, tried, got)
 		})
 	}
+}
+
+// Whatever user space does to the pods' entries meanwhile, a packet is judged by its own two pods' policy: what is denied does
+// not get through, and what is allowed is neither lost nor sent astray. The kernel gives the place of an entry that is replaced to the
+// next one at once, while programs may still look at it.
+func TestPodsRewritten(t *testing.T) {
+	n := newNode(t, loader.Config{})
+	a, b := n.addPod("a", 1, loader.TCX), n.addPod("b", 2, loader.TCX)
+	c, d := n.addPod("c", 3, loader.TCX), n.addPod("d", 4, loader.TCX)
+	n.rows(row(100, 0, 0, 0, 0, deny, 0), row(101, 0, 0, 0, 0, allow, 0))
+	allowed := dialogue(t, "udp", c, d, false)
+	fd := a.socket(t, unix.SOCK_DGRAM, 6000, false)
+	cfd := c.socket(t, unix.SOCK_DGRAM, 6000, false)
+	open := talk(t, "udp", a, b, false, 0)
+	defer open.end()
+	until(t, "traffic", func() bool { return open.there.newest.Load() > 100 && open.back.newest.Load() > 100 })
+	n.policy(a, 100, 101)
+	for _, p := range []*pod{b, c, d} {
+		n.policy(p, 101, 101)
+	}
+	if err := maps.Quiesce(); err != nil {
+		t.Fatal(err)
+	}
+	before, there, back := n.counts(), open.there.sent.Load(), open.back.sent.Load()
+	stop := time.Now().Add(3 * time.Second)
+	rewrites, tried := 0, 0
+	var load sync.WaitGroup
+	load.Go(func() {
+		for port := 0; time.Now().Before(stop); port++ {
+			_ = unix.Sendto(fd, []byte("new"), unix.MSG_DONTWAIT, sockaddr(b.v4, 10_000+port%50_000)) // lost is as good
+			tried++
+		}
+	})
+	sent := uint64(0)
+	load.Go(func() { // each packet opens a flow, so that each looks at the entries
+		for port := 0; time.Now().Before(stop); port++ {
+			if unix.Sendto(cfd, []byte("new"), unix.MSG_DONTWAIT, sockaddr(d.v4, 10_000+port%50_000)) == nil {
+				sent++
+			}
+			if port%100 == 0 {
+				if err := allowed.trip(allowed.made.Add(1)); err != nil {
+					t.Errorf("trip %d: %v", allowed.made.Load(), err)
+					return
+				}
+			}
+		}
+	})
+	for time.Now().Before(stop) {
+		for _, p := range []*pod{a, b, c, d} {
+			if err := n.maps.SettlePod(uint32(p.commit.IfIndex)); err != nil {
+				t.Fatal(err)
+			}
+			rewrites++
+		}
+	}
+	load.Wait()
+	open.end()
+	got := n.since(before)
+	for k := range got {
+		if strings.Contains(k, " drop_") && k != "from_pod drop_policy_egress" {
+			t.Errorf("%d %s", got[k], k)
+		}
+	}
+	if open.there.newest.Load() > there || open.back.newest.Load() > back {
+		t.Error("packets of the open flow got through")
+	}
+	flows, err := n.maps.Flows()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range flows {
+		if f.Opener.Addr() == a.v4 && f.Responder.Port() >= 10_000 {
+			t.Errorf("a denied flow was opened: %s to %s", f.Opener, f.Responder)
+		}
+	}
+	t.Logf("%d rewrites, %d openings denied, %d allowed; counts %v", rewrites, tried, sent, got)
 }
