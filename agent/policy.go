@@ -302,7 +302,7 @@ func (k *keeper) trouble(err error) error {
 		texts = append(texts, err.Error())
 	}
 	for _, key := range slices.Sorted(maps.Keys(k.unreadable)) {
-		texts = append(texts, fmt.Sprintf("%s in the store: %s", key, k.unreadable[key]))
+		texts = append(texts, fmt.Sprintf("%s: %s", key, k.unreadable[key]))
 	}
 	texts = append(texts, k.p.State().Refused...)
 	if len(texts) == 0 {
