@@ -133,7 +133,9 @@ func Run(ctx context.Context, cfg Config) (*Report, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := tables.put(copied.Maps); err != nil {
+	if err := tables.put(copied.Maps); errors.Is(err, maps.ErrFull) {
+		return nil, fmt.Errorf("%w; there is room for %d rows of policy and %d prefixes of peers", err, rows, peers)
+	} else if err != nil {
 		return nil, err
 	}
 	err = each("the flows under the candidate", passing, func(f maps.Flow) error {

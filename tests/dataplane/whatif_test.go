@@ -560,7 +560,7 @@ func TestWhatIfRefuses(t *testing.T) {
 		many = append(many, policy.Rule{Action: policy.Allow, Source: policy.Peer{Nets: []netip.Prefix{netip.MustParsePrefix(fmt.Sprintf("192.0.%d.%d/32", 2+i/250, i%250))}}})
 	}
 	_, err := b.whatIf(e, model, with(&policy.Policy{ID: "large", Ingress: &policy.Rules{Rules: many}}))
-	if !errors.Is(err, whatif.ErrCandidate) || !errors.Is(err, maps.ErrFull) {
+	if !errors.Is(err, whatif.ErrCandidate) || !errors.Is(err, maps.ErrFull) || !strings.Contains(err.Error(), "room for 100 rows") {
 		t.Errorf("a candidate that does not fit: %v", err)
 	}
 	twins := *model.Endpoints["b"]
