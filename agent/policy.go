@@ -32,6 +32,7 @@ type policies struct {
 	a    *Agent
 	wake chan struct{}
 	asks chan ask
+	over chan struct{} // closed: the goroutine has ended, and policy.lock is free
 	tell chan struct{} // there may be something to publish
 
 	mu        sync.Mutex
@@ -77,13 +78,16 @@ type ask struct {
 	answer chan<- answer // has room for one
 }
 
+// errNotKept says that this agent does not keep the node's policy: not yet, or no more.
+var errNotKept = errors.New("this agent does not keep policy")
+
 type answer struct {
 	ids policy.PodPolicies
 	err error
 }
 
 func newPolicies(a *Agent) *policies {
-	return &policies{a: a, wake: make(chan struct{}, 1), asks: make(chan ask), tell: make(chan struct{}, 1), heard: make(map[string]store.Event), published: make(map[string]Published)}
+	return &policies{a: a, wake: make(chan struct{}, 1), asks: make(chan ask), over: make(chan struct{}), tell: make(chan struct{}, 1), heard: make(map[string]store.Event), published: make(map[string]Published)}
 }
 
 // policyKinds are the kinds that are about policy, by the word that their keys begin with.
@@ -131,6 +135,7 @@ func (s *policies) look() { signal(s.wake) }
 
 // run keeps policy in force until ctx ends; it stays in force then.
 func (s *policies) run(ctx context.Context) {
+	defer close(s.over)
 	k := &keeper{policies: s, unreadable: make(map[string]error), retry: retryFrom, again: time.Now(), tidied: time.Now()}
 	if !k.load(ctx) {
 		return
@@ -177,9 +182,9 @@ type keeper struct {
 
 // load waits for its turn: an ADD that came while there was no agent may be at it. false: ctx ended.
 func (k *keeper) load(ctx context.Context) bool {
-	for wait := 20 * time.Millisecond; ; wait = min(2*wait, retryTo) {
+	for wait := 20 * time.Millisecond; ; wait = min(2*wait, retryFrom) {
 		p, err := enforce.Load(ctx, enforce.Config{Dir: k.a.StateDir, Maps: k.a.maps, Node: k.a.Node, Log: k.a.Log})
-		if ctx.Err() == nil && wait > retryFrom || err == nil {
+		if ctx.Err() == nil && wait == retryFrom || err == nil {
 			k.a.problem("policy", err)
 		}
 		if err == nil {
@@ -247,6 +252,10 @@ func (k *keeper) keep(ctx context.Context, asked []ask, read bool) {
 		}
 	}
 	for _, q := range asked {
+		if err != nil && ctx.Err() != nil { // it was given up, not refused
+			q.answer <- answer{err: errNotKept}
+			continue
+		}
 		q.answer <- k.answer(q.pod, err)
 	}
 	if len(asked) > 0 {
@@ -572,15 +581,23 @@ func (s *policies) handle(mux *http.ServeMux) {
 			return
 		}
 		ids, err := s.ask(r.Context(), pod)
+		if errors.Is(err, errNotKept) {
+			panic(http.ErrAbortHandler) // no answer: ADD takes it that there is no agent, and keeps policy itself
+		}
 		answer(w, ids, err)
 	})
 }
 
-// ask makes a pod's policy what it is to be, and returns its ids when it is in force.
+// ask makes a pod's policy what it is to be, and returns its ids when it is in force. errNotKept.
 func (s *policies) ask(ctx context.Context, pod node.Endpoint) (policy.PodPolicies, error) {
+	if s.policy() == nil {
+		return policy.PodPolicies{}, errNotKept
+	}
 	reply := make(chan answer, 1)
 	select {
 	case s.asks <- ask{pod, reply}:
+	case <-s.over:
+		return policy.PodPolicies{}, errNotKept
 	case <-ctx.Done():
 		return policy.PodPolicies{}, ctx.Err()
 	}

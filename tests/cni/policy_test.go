@@ -468,6 +468,39 @@ func TestPolicyByAgent(t *testing.T) {
 	h.clean()
 }
 
+// TestPolicyAgentEnds: the agent is told to end while it puts a new pod's policy in force, and can't. ADD does it then.
+func TestPolicyAgentEnds(t *testing.T) {
+	h := newHost(t)
+	h.conf["policy"] = object{"unknown": "allow"}
+	stranger := h.pod().add()
+	agent := h.cluster()
+	ip := netip.MustParseAddr("10.244.0.40")
+	defer stranger.sends("stranger", ip)()
+	p := h.pod()
+	p.conf = role("db", ip.String())
+	in := p.inbox()
+	agent.hang(h)
+	added := make(chan error)
+	go func() { added <- p.do("ADD") }()
+	eventually(t, "ADD waits for the agent", func() error { return h.waits(ip) })
+	lock, err := node.LockNode(context.Background(), h.state())
+	must(t, err)
+	agent.signal(unix.SIGCONT)
+	time.Sleep(300 * time.Millisecond) // it waits for the lock by now, or is asked later: both must do
+	agent.signal(unix.SIGTERM)
+	time.Sleep(300 * time.Millisecond) // it gives up waiting
+	lock.Unlock()
+	must(t, <-added)
+	<-agent.end
+	in.never(t, "stranger v4")
+	if ids := h.ids(p); ids[0] == 0 || ids[0] == caracal.PolicyUnknown {
+		t.Errorf("policy ids %d", ids)
+	}
+	p.del()
+	stranger.del()
+	h.clean()
+}
+
 // waits: the pod with this address is in the maps, and its policy is not known.
 func (h *host) waits(a netip.Addr) error {
 	m, err := caracal.Open(h.pins())
