@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/caracal-net/caracal/api"
 	"github.com/caracal-net/caracal/loader"
@@ -206,6 +207,34 @@ func TestNewPod(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+	}
+}
+
+// What was refused is not forgotten when it could be in force and can't be written.
+func TestRefusedNotForgotten(t *testing.T) {
+	const web, client = "10.0.0.1", "10.0.0.2"
+	h := newHost(t, loader.Config{})
+	h.addPod("", "web", web, map[string]string{"app": "web"})
+	h.addPod("", "client", client, nil)
+	h.p.Replace(nil)
+	h.put(global("a", "{tier: late, selector: app == 'web', ingress: [{action: Deny}]}"))
+	h.refused("GlobalNetworkPolicy a")
+	h.put("apiVersion: projectcalico.org/v3\nkind: Tier\nmetadata: {name: late}\nspec: {order: 1}")
+	h.p.retry = time.Time{}
+	lock, err := node.LockNode(context.Background(), h.cfg.Dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+	defer cancel()
+	if _, err := h.p.Commit(ctx); !errors.Is(err, node.ErrLocked) {
+		t.Errorf("%v, want %v", err, node.ErrLocked)
+	}
+	lock.Unlock()
+	h.commit()
+	h.check(client, web, 80, policy.Deny)
+	if err := h.p.Trouble(); err != nil {
+		t.Error(err)
 	}
 }
 

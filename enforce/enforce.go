@@ -322,18 +322,18 @@ func (p *Policy) Commit(ctx context.Context) (Result, error) {
 		return Result{}, ErrUnknown
 	}
 	began := time.Now()
-	var changes []change
-	for key, t := range p.pending {
-		changes = append(changes, change{key, p.model.inForce[key], t})
-	}
 	if len(p.refused) > 0 && !began.Before(p.retry) {
 		defer func() { p.retry = time.Now().Add(min(retryShare*time.Since(began), retryRefused)) }()
 		for key, r := range p.refused {
 			if _, newer := p.pending[key]; !newer {
-				changes = append(changes, change{key, p.model.inForce[key], r.thing})
+				p.pending[key] = r.thing // where it stays if this Commit fails
 			}
 		}
 		clear(p.refused)
+	}
+	var changes []change
+	for key, t := range p.pending {
+		changes = append(changes, change{key, p.model.inForce[key], t})
 	}
 	slices.SortFunc(changes, func(a, b change) int {
 		if o := a.order() - b.order(); o != 0 {
@@ -352,9 +352,6 @@ func (p *Policy) Commit(ctx context.Context) (Result, error) {
 	if err != nil {
 		p.undo(done)
 		_, err1 := p.model.update()
-		for _, c := range changes {
-			p.pending[c.key] = c.now
-		}
 		return Result{}, errors.Join(about(done, err), err1, p.save(ctx, done, true))
 	}
 	clear(p.pending)
