@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/caracal-net/caracal/api"
+	"github.com/caracal-net/caracal/commit"
 	"github.com/caracal-net/caracal/loader"
 	kernelmaps "github.com/caracal-net/caracal/maps"
 	"github.com/caracal-net/caracal/node"
@@ -208,6 +209,39 @@ func TestNewPod(t *testing.T) {
 			}
 		}
 	}
+}
+
+// What DEL takes out of the maps is there again when the attachment is added again before anybody has noticed, with the same address
+// and labels; and when a pod of another node turns out to have the address.
+func TestAgain(t *testing.T) {
+	const web, client = "10.0.0.1", "10.0.0.2"
+	h := newHost(t, loader.Config{})
+	h.p.Replace(parse(t, global("p", "{selector: app == 'web', ingress: [{action: Deny, source: {selector: bad == 'yes'}}, {action: Allow}]}")))
+	h.addPod("", "web", web, map[string]string{"app": "web"})
+	e := h.addPod("", "client", client, map[string]string{"bad": "yes"})
+	h.commit()
+	h.check(client, web, 80, policy.Deny)
+
+	at := commit.PodOf(e, 2)
+	if err := commit.RemovePod(h.cfg.Maps, at); err != nil {
+		t.Fatal(err)
+	}
+	at.Policy = &policy.PodPolicies{Egress: kernelmaps.PolicyUnknown, Ingress: kernelmaps.PolicyUnknown}
+	if err := commit.AddPod(h.cfg.Maps, at); err != nil {
+		t.Fatal(err)
+	}
+	h.pods[1].Created = time.Now()
+	h.commit()
+	h.check(client, web, 80, policy.Deny)
+
+	h.put(other("moved", client, "2026-01-01T00:00:00Z", "{bad: 'yes'}"))
+	h.commit()
+	if err := commit.RemovePod(h.cfg.Maps, at); err != nil {
+		t.Fatal(err)
+	}
+	h.pods = h.pods[:1]
+	h.commit()
+	h.check(client, web, 80, policy.Deny)
 }
 
 // What was refused is not forgotten when it could be in force and can't be written.

@@ -568,7 +568,7 @@ func (p *Policy) onlyNew(d *policy.Delta, at map[string]maps.Pod) bool {
 }
 
 // complete is a delta for the maps as they are: with the policy ids of all pods that have others, where the compiler knows only
-// what it changed itself; the same of the addresses of pods that came; and when it is not sure what the maps hold, of all. at are the pods in the maps.
+// what it changed itself; the same of the addresses of pods that changed; and when it is not sure what the maps hold, of all. at are the pods in the maps.
 func (p *Policy) complete(d *policy.Delta, changes []change) (whole *policy.Delta, at map[string]maps.Pod, err error) {
 	tables := p.model.compiler.Tables()
 	if p.unsure {
@@ -610,15 +610,18 @@ func (p *Policy) complete(d *policy.Delta, changes []change) (whole *policy.Delt
 	return whole, at, nil
 }
 
-// mendPeers adds the addresses of pods that came which have another identity in the maps: who removes a pod removes that of its
-// addresses, and somebody may have got them since.
+// mendPeers adds the addresses of pods that came, went or are others now which have another identity in the maps: who removes a
+// pod removes that of its addresses, and somebody may have got them since: the same pod again, or one of another node.
 func (p *Policy) mendPeers(put []policy.PeerChange, changes []change) ([]policy.PeerChange, error) {
 	tables := p.model.compiler.Tables()
 	for _, c := range changes {
-		if c.now.pod == nil || c.was.pod != nil {
-			continue
+		var addrs []netip.Addr
+		for _, pod := range []*node.Endpoint{c.was.pod, c.now.pod} {
+			if pod != nil {
+				addrs = append(addrs, pod.Addrs...)
+			}
 		}
-		for _, a := range c.now.pod.Addrs {
+		for _, a := range addrs {
 			single := netip.PrefixFrom(a, a.BitLen())
 			want, is := tables.Peers[single]
 			if !is || slices.ContainsFunc(put, func(c policy.PeerChange) bool { return c.Prefix == single }) {
