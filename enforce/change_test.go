@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/caracal-net/caracal/api"
 	"github.com/caracal-net/caracal/commit"
 	"github.com/caracal-net/caracal/loader"
@@ -269,6 +271,55 @@ func TestRefusedNotForgotten(t *testing.T) {
 	h.check(client, web, 80, policy.Deny)
 	if err := h.p.Trouble(); err != nil {
 		t.Error(err)
+	}
+}
+
+// When the disk is full no change of policy is in force, since the next process would not know of it; but pods that come have the
+// policy that there is. When there is room again all is in force.
+func TestFullDisk(t *testing.T) {
+	const web, client = "10.0.0.1", "10.0.0.2"
+	h := newHost(t, loader.Config{})
+	h.kill()
+	if err := unix.Mount("tmpfs", h.cfg.Dir, "tmpfs", 0, "size=1m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(h.cfg.Dir, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	h.load()
+	h.p.Replace(parse(t, global("p", "{selector: app == 'web', ingress: [{action: Deny}]}")))
+	h.addPod("", "client", client, nil)
+	h.commit()
+
+	ballast := filepath.Join(h.cfg.Dir, "ballast")
+	if err := os.WriteFile(ballast, make([]byte, 2<<20), 0o600); !errors.Is(err, unix.ENOSPC) {
+		t.Fatalf("the disk is not full: %v", err)
+	}
+	for i := range 50 {
+		h.put(global(fmt.Sprint("q", i), "{order: 1, selector: \""+strings.Repeat("app == 'web' || ", 100)+"app == 'web'\", ingress: [{action: Allow}]}"))
+	}
+	e := h.addPod("", "web", web, map[string]string{"app": "web"})
+	h.p.SetLocal(h.pods)
+	if _, err := h.p.Commit(context.Background()); !errors.Is(err, unix.ENOSPC) || errors.Is(err, ErrRefused) {
+		t.Errorf("%v, want %v", err, unix.ENOSPC)
+	}
+	if _, known := h.p.Pod(e); !known {
+		t.Error("the pod's policy is not known")
+	}
+	h.check(client, web, 80, policy.Deny)
+	if err := os.Remove(ballast); err != nil {
+		t.Fatal(err)
+	}
+	h.commit()
+	h.check(client, web, 80, policy.Allow)
+	if err := h.p.Close(); err != nil {
+		t.Fatal(err)
+	}
+	h.load()
+	if r := h.commit(); r.Changed {
+		t.Errorf("after a restart: %+v", r)
 	}
 }
 

@@ -314,7 +314,8 @@ const (
 
 // Commit puts in force what was noted: it compiles, saves what changed, and writes the differences to the maps under the node
 // lock, all in force at once. What can't be converted, compiled or does not fit is left as it was and named by the error,
-// ErrRefused; the rest is in force. Any other error: what was in force stays, and the next Commit tries again. ErrUnknown.
+// ErrRefused; the rest is in force. Any other error: what was in force stays, also for pods that came if it is only policy.db that
+// can't be written, and the next Commit tries again. ErrUnknown.
 func (p *Policy) Commit(ctx context.Context) (Result, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -341,9 +342,39 @@ func (p *Policy) Commit(ctx context.Context) (Result, error) {
 		}
 		return strings.Compare(a.key, b.key)
 	})
+	result, err := p.enact(ctx, changes)
+	var unsaved error
+	if errors.Is(err, errUnsaved) { // pods need no saving: a full disk leaves none without the policy that is in force
+		unsaved = err
+		changes = slices.DeleteFunc(changes, func(c change) bool { return !strings.HasPrefix(c.key, localPrefix) })
+		result, err = p.enact(ctx, changes)
+	}
+	if err != nil {
+		return Result{}, errors.Join(unsaved, err)
+	}
+	for _, c := range changes {
+		delete(p.pending, c.key)
+	}
+	p.model.compiler.Accept()
+	errs := []error{p.record(&result, began), unsaved}
+	for _, c := range changes {
+		if r, is := p.refused[c.key]; is && unsaved == nil {
+			errs = append(errs, fmt.Errorf("%w: %w", ErrRefused, r.err))
+		}
+	}
+	return result, errors.Join(errs...)
+}
+
+// errUnsaved says that policy.db could not be written.
+var errUnsaved = errors.New("not saved, and so not in force")
+
+// enact puts changes in force, as many as can be. On an error nothing has changed.
+func (p *Policy) enact(ctx context.Context, changes []change) (Result, error) {
 	delta, done, err := p.try(changes)
 	if err == nil {
-		err = p.save(ctx, done, false)
+		if err = p.save(ctx, done, false); err != nil {
+			err = fmt.Errorf("%w: %w", errUnsaved, err)
+		}
 	}
 	var result Result
 	if err == nil {
@@ -354,15 +385,7 @@ func (p *Policy) Commit(ctx context.Context) (Result, error) {
 		_, err1 := p.model.update()
 		return Result{}, errors.Join(about(done, err), err1, p.save(ctx, done, true))
 	}
-	clear(p.pending)
-	p.model.compiler.Accept()
-	errs := []error{p.record(&result, began)}
-	for _, c := range changes {
-		if r, is := p.refused[c.key]; is {
-			errs = append(errs, fmt.Errorf("%w: %w", ErrRefused, r.err))
-		}
-	}
-	return result, errors.Join(errs...)
+	return result, nil
 }
 
 // try puts changes into the model, as many of them as it takes, notes the others as refused, and returns those it took with
