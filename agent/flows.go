@@ -7,11 +7,11 @@ import (
 	"fmt"
 	"io"
 	stdmaps "maps"
-	"net"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/caracal-net/caracal/internal/nl"
 	"github.com/caracal-net/caracal/maps"
 )
 
@@ -112,8 +112,8 @@ func (a *Agent) fullness(s *sweeper, state maps.State) error {
 
 // interfaceName is a pod's, or its number when it is gone.
 func interfaceName(ifindex uint32) string {
-	if i, err := net.InterfaceByIndex(int(ifindex)); err == nil {
-		return i.Name
+	if name, err := nl.Name(int(ifindex)); err == nil {
+		return name
 	}
 	return fmt.Sprintf("interface %d", ifindex)
 }
