@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"github.com/caracal-net/caracal/api"
+	"github.com/caracal-net/caracal/cni"
 	"github.com/caracal-net/caracal/maps"
 	"github.com/caracal-net/caracal/policy"
 )
@@ -88,11 +89,10 @@ func (c *whyCase) routeTo(a netip.Addr) (*maps.Route, error) {
 // admitted says why no pod may send the packet, as from_pod does (admit.h).
 func (c *whyCase) admitted() (reason, sentence string) {
 	p, to := c.packet, c.packet.Destination
-	gateway := netip.MustParseAddr("169.254.1.1")
 	switch {
 	case to.IsMulticast() || to == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
 		return "drop_multicast", fmt.Sprintf("%s is multicast or broadcast, which is not forwarded", to)
-	case to.IsUnspecified(), to.IsLoopback(), to.Is4() && to.As4()[0] == 0, to.Is6() && to.IsLinkLocalUnicast(), to == gateway:
+	case to.IsUnspecified(), to.IsLoopback(), to.Is4() && to.As4()[0] == 0, to.Is6() && to.IsLinkLocalUnicast(), to == cni.Gateway4:
 		return "drop_martian", fmt.Sprintf("%s is never forwarded to: unspecified, loopback or link-local", to)
 	case p.Protocol == uint8(api.UDP) && (p.SourcePort == 67 || p.SourcePort == 547):
 		return "drop_dhcp_server", fmt.Sprintf("port %d is a DHCP server's, which no pod may be", p.SourcePort)
