@@ -132,10 +132,6 @@ func do(t testing.TB, err error) {
 	}
 }
 
-func up(s *Speaker) bool {
-	return !slices.ContainsFunc(s.Peers(), func(p PeerStatus) bool { return p.State != "up" })
-}
-
 func TestTwoSpeakers(t *testing.T) {
 	port, sink1, sink2 := freePort(t), newRecorder(), newRecorder()
 	one, two := startLoopback(t, 1, 64512, port, sink1), startLoopback(t, 2, 64512, port, sink2)

@@ -8,7 +8,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"slices"
 	"strings"
 	"time"
 
@@ -31,9 +30,6 @@ func ours(l netlink.Link) bool { return l.Type() == "veth" && l.Attrs().Group ==
 
 // TunnelName is the VXLAN interface's, which an agent makes.
 const TunnelName = "vxlan.caracal"
-
-// HostMAC is the address of every host end, and of every node's VXLAN interface.
-func HostMAC() net.HardwareAddr { return slices.Clone(hostMAC) }
 
 // The gateway that every pod has. It exists nowhere: from_pod answers for it.
 var (

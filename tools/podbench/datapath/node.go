@@ -328,25 +328,6 @@ func (n *Node) HostLinks() ([]string, error) {
 	return names, err
 }
 
-// Files lists the files below the node's directory, its bpffs included, relative and sorted.
-func (n *Node) Files() ([]string, error) {
-	var out []string
-	err := filepath.WalkDir(n.Dir, func(path string, d os.DirEntry, err error) error {
-		if errors.Is(err, os.ErrNotExist) {
-			return nil // went away meanwhile
-		}
-		if err != nil || d.IsDir() {
-			return err
-		}
-		out = append(out, strings.TrimPrefix(path, n.Dir+"/"))
-		return nil
-	})
-	if err != nil {
-		return nil, fmt.Errorf("list files of %s: %w", n.Spec.Name, err)
-	}
-	return out, nil
-}
-
 // Plugin describes one binary of the chain.
 type Plugin struct {
 	Type string `json:"type"`
