@@ -1,0 +1,9 @@
+package ctl
+
+import (
+	"testing"
+
+	"github.com/caracal-net/caracal/tests/testenv"
+)
+
+func TestExamples(t *testing.T) { testenv.Examples(t, newRootCommand) }
