@@ -24,7 +24,16 @@ import (
 	"github.com/caracal-net/caracal/tools/lab"
 )
 
-func TestMain(m *testing.M) { os.Exit(testenv.Main(m)) }
+func TestMain(m *testing.M) {
+	if config := os.Getenv(changerVariable); config != "" {
+		if err := runChanger(config, os.Stdin, os.Stdout); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
+	os.Exit(testenv.Main(m))
+}
 
 const pools = `apiVersion: projectcalico.org/v3
 kind: IPPool
@@ -38,13 +47,13 @@ spec: {cidr: "2001:db8:244::/64"}
 `
 
 // newCluster starts hosts with etcd, pools and agents, and waits until every host has its blocks and its sessions.
-func newCluster(t *testing.T, hosts int) *lab.Lab {
+func newCluster(t testing.TB, hosts int) *lab.Lab {
 	t.Helper()
 	return newClusterOf(t, hosts, pools, testenv.Bin)
 }
 
 // newClusterOf is newCluster with other pools, and with binaries that bin builds.
-func newClusterOf(t *testing.T, hosts int, pools string, bin func(testing.TB, string) string) *lab.Lab {
+func newClusterOf(t testing.TB, hosts int, pools string, bin func(testing.TB, string) string) *lab.Lab {
 	t.Helper()
 	testenv.NeedRoot(t)
 	testenv.NeedProgram(t, "etcd", "etcd-server")
@@ -89,7 +98,7 @@ func alone(h *lab.Host) string {
 }
 
 // ready waits until a host's agent has nothing to complain of and a session with so many others, in each family.
-func ready(t *testing.T, h *lab.Host, others int) {
+func ready(t testing.TB, h *lab.Host, others int) {
 	t.Helper()
 	eventually(t, h.Name+" is ready", func() error {
 		s, err := status(t, h)
@@ -109,7 +118,7 @@ func ready(t *testing.T, h *lab.Host, others int) {
 	})
 }
 
-func status(t *testing.T, h *lab.Host) (agent.Status, error) {
+func status(t testing.TB, h *lab.Host) (agent.Status, error) {
 	var s agent.Status
 	out, err := h.Exec(t.Context(), "caracalctl", "node", "status", "-o", "json")
 	if err != nil {
@@ -118,21 +127,21 @@ func status(t *testing.T, h *lab.Host) (agent.Status, error) {
 	return s, json.Unmarshal([]byte(out), &s)
 }
 
-func ctl(t *testing.T, h *lab.Host, stdin string, args ...string) string {
+func ctl(t testing.TB, h *lab.Host, stdin string, args ...string) string {
 	t.Helper()
 	out, err := h.Namespace().ExecInput(t.Context(), stdin, append([]string{"caracalctl"}, args...)...)
 	must(t, err)
 	return out
 }
 
-func must(t *testing.T, err error) {
+func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
 	}
 }
 
-func eventually(t *testing.T, what string, fn func() error) {
+func eventually(t testing.TB, what string, fn func() error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()

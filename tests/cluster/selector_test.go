@@ -16,7 +16,7 @@ import (
 )
 
 // is waits until a host's agent says something.
-func is(t *testing.T, h *lab.Host, what string, ok func(s agent.Status) bool) {
+func is(t testing.TB, h *lab.Host, what string, ok func(s agent.Status) bool) {
 	t.Helper()
 	eventually(t, h.Name+": "+what, func() error {
 		s, err := status(t, h)
