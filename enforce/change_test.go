@@ -48,6 +48,30 @@ func global(name, spec string) string {
 	return "---\napiVersion: projectcalico.org/v3\nkind: GlobalNetworkPolicy\nmetadata: {name: " + name + "}\nspec: " + spec + "\n"
 }
 
+// What is compiled wrongly is not put in force, and what came with it is.
+func TestMiscompiled(t *testing.T) {
+	const web, client = "10.0.0.1", "10.0.0.2"
+	h := newHost(t, loader.Config{})
+	h.addPod("", "web", web, nil)
+	h.addPod("", "client", client, nil)
+	h.p.Replace(nil)
+	h.put(global("a", "{order: 2, ingress: [{action: Deny, protocol: TCP, destination: {ports: [80]}}, {action: Allow}]}"))
+	h.commit()
+	h.p.proof = func(m *policy.Model, tables *policy.Tables, d *policy.Delta, limit time.Duration) (int, error) {
+		for _, r := range tables.Rules {
+			if r.Policy == "GlobalNetworkPolicy b" {
+				return 1, &policy.Disagreement{Endpoint: h.p.Node, Rule: r.RuleRef}
+			}
+		}
+		return policy.Prove(m, tables, d, limit)
+	}
+	h.put(global("b", "{order: 1, ingress: [{action: Allow}]}") + global("c", "{order: 1, ingress: [{action: Deny, protocol: TCP, destination: {ports: [81]}}]}"))
+	h.refused("GlobalNetworkPolicy b", "a mistake of Caracal's")
+	h.check(client, web, 80, policy.Deny)
+	h.check(client, web, 81, policy.Deny)
+	h.check(client, web, 82, policy.Allow)
+}
+
 // What can't be put in force stays as it was, alone, and is in force when what it lacked is there.
 func TestRefused(t *testing.T) {
 	const web, client = "10.0.0.1", "10.0.0.2"

@@ -35,6 +35,8 @@ var (
 	ErrRefused = errors.New("not in force")
 )
 
+var errMiscompiled = errors.New("this is a mistake of Caracal's, please report it: the tables compiled from it are wrong")
+
 // Config says which node's policy it is.
 type Config struct {
 	Dir  string // the node's state directory
@@ -60,6 +62,8 @@ type Policy struct {
 	filed   bool // policy.db is there
 	untidy  bool // Tidy has something to do
 	state   State
+	wrong   []*policy.Disagreement // packets that gave away mistakes of the compiler's
+	proof   func(*policy.Model, *policy.Tables, *policy.Delta, time.Duration) (int, error)
 }
 
 type refusal struct {
@@ -109,7 +113,7 @@ func Load(ctx context.Context, c Config) (*Policy, error) {
 	}
 	p := &Policy{
 		Config: c, lock: lock, pending: make(map[string]thing), refused: make(map[string]refusal), unsure: true,
-		state: State{Refused: []string{}},
+		state: State{Refused: []string{}}, proof: policy.Prove,
 	}
 	if err := p.load(ctx); err != nil {
 		lock.Unlock()
@@ -403,6 +407,9 @@ func (p *Policy) try(changes []change) (*policy.Delta, []change, error) {
 	if err == nil {
 		err = p.fits(delta)
 	}
+	if err == nil {
+		err = p.prove(delta)
+	}
 	if err == nil || len(done) == 0 {
 		return delta, done, err
 	}
@@ -451,6 +458,35 @@ func about(changes []change, err error) error {
 		names = append(names, fmt.Sprintf("%d more", more))
 	}
 	return fmt.Errorf("%s: %w", strings.Join(names, ", "), err)
+}
+
+// How long new tables are held against the rules themselves, and how many packets that gave a mistake away are kept.
+const (
+	proveFor  = 2 * time.Millisecond
+	keptWrong = 16
+)
+
+// prove finds out whether new tables say what the rules themselves do, before they are in force: by random packets, and by those
+// that gave a mistake away before, so that what was refused is not let through by luck.
+func (p *Policy) prove(d *policy.Delta) error {
+	if d.Empty() {
+		return nil
+	}
+	m, tables := p.model.compiler.Model(), p.model.compiler.Tables()
+	for _, w := range p.wrong {
+		if again := tables.Check(m, w.Endpoint, w.Direction, w.Packet); again != nil {
+			return fmt.Errorf("%w: %w", errMiscompiled, again)
+		}
+	}
+	_, err := p.proof(m, tables, d, proveFor)
+	if err == nil {
+		return nil
+	}
+	var w *policy.Disagreement
+	if errors.As(err, &w) {
+		p.wrong = append(p.wrong[max(0, len(p.wrong)-keptWrong+1):], w)
+	}
+	return fmt.Errorf("%w: %w", errMiscompiled, err)
 }
 
 // fits tells whether there is room for what is put, beside all that is there until it is deleted.

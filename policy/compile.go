@@ -41,6 +41,7 @@ type Compiler struct {
 	sets      map[string]*setState
 	profiles  map[string]*profileState
 	tiers     map[string]Tier // by name
+	arranged  []Tier          // the same, in order
 	policies  map[policyKey]*policyState
 	selectors *selectorIndex[*policyState]
 
@@ -179,6 +180,26 @@ func Compile(m *Model, o Options) (*Tables, error) {
 
 // Tables are those of the last Update that succeeded.
 func (c *Compiler) Tables() *Tables { return c.tables }
+
+// Model is what the compiler was given. It takes some tens of nanoseconds for each endpoint to put together.
+func (c *Compiler) Model() *Model {
+	m := &Model{
+		Tiers: c.arranged, Profiles: make(map[string]*Profile, len(c.profiles)),
+		Endpoints: make(map[string]*Endpoint, len(c.endpoints)), Sets: make(map[string]*Set, len(c.sets)),
+	}
+	for name, p := range c.profiles {
+		if !p.absent {
+			m.Profiles[name] = p.Profile
+		}
+	}
+	for id, e := range c.endpoints {
+		m.Endpoints[id] = e.Endpoint
+	}
+	for id, s := range c.sets {
+		m.Sets[id] = s.Set
+	}
+	return m
+}
 
 // Numbers are all ids in use, for the next compiler.
 func (c *Compiler) Numbers() Numbers {
@@ -468,7 +489,7 @@ func (c *Compiler) SetTiers(tiers []Tier) error {
 			}
 		}
 	}
-	c.tiers = names
+	c.tiers, c.arranged = names, tiers
 	for _, e := range c.locals {
 		if everybody || !e.stale && slices.ContainsFunc(changed, func(p *Policy) bool { return p.Selector.Matches(e.Labels) }) {
 			c.stalePolicies(e)
