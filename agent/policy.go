@@ -299,7 +299,7 @@ func (k *keeper) answer(pod node.Endpoint, err error) answer {
 	}
 	ids, ok := k.p.Pod(pod)
 	if !ok {
-		return answer{err: errors.Join(fmt.Errorf("policy of pod %s is not in force", pod.Key), k.p.Trouble())}
+		return answer{err: errors.Join(fmt.Errorf("policy of pod %s: %w", pod.Key, enforce.ErrRefused), k.p.Trouble())}
 	}
 	return answer{ids: ids}
 }
@@ -583,6 +583,10 @@ func (s *policies) handle(mux *http.ServeMux) {
 		ids, err := s.ask(r.Context(), pod)
 		if errors.Is(err, errNotKept) {
 			panic(http.ErrAbortHandler) // no answer: ADD takes it that there is no agent, and keeps policy itself
+		}
+		if errors.Is(err, enforce.ErrRefused) {
+			http.Error(w, strings.ReplaceAll(err.Error(), "\n", "; "), http.StatusConflict) // ADD reads a line
+			return
 		}
 		answer(w, ids, err)
 	})

@@ -26,6 +26,8 @@ var (
 	errNoAgent = errors.New("no agent answers")
 	// errSilent says that an agent listens, but has not answered in time.
 	errSilent = errors.New("the agent does not answer")
+	// errRefused says that the agent can't do what it was asked to.
+	errRefused = errors.New("the agent refuses")
 )
 
 const maxAnswer = 64 << 10 // bytes
@@ -33,7 +35,7 @@ const maxAnswer = 64 << 10 // bytes
 // ask posts a value as JSON to the agent on a socket and waits for its consent. It speaks HTTP/1.0 itself (RFC 1945): net/http
 // would make each start of the plugin longer.
 //
-// Errors: errNoAgent, errSilent, or what the agent objects.
+// Errors: errNoAgent, errSilent, errRefused (status 409), or what else the agent objects.
 func ask(ctx context.Context, socket, path string, value any, wait time.Duration) error {
 	body, err := json.Marshal(value)
 	if err != nil {
@@ -94,5 +96,8 @@ func consent(answer []byte) error {
 		}
 	}
 	said, _ := r.ReadString('\n')
+	if code == 409 {
+		return fmt.Errorf("%w: %s", errRefused, strings.TrimSpace(said))
+	}
 	return fmt.Errorf("the agent says: %s: %s", status, strings.TrimSpace(said))
 }

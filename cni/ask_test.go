@@ -53,7 +53,7 @@ func TestAsk(t *testing.T) {
 	if err := say("sleep", 50*time.Millisecond); !errors.Is(err, errSilent) {
 		t.Errorf("of one that sleeps: %v", err)
 	}
-	if err := say("no", time.Minute); err == nil || err.Error() != `the agent says: 409 Conflict: not "no"` {
+	if err := say("no", time.Minute); !errors.Is(err, errRefused) || err.Error() != `the agent refuses: not "no"` {
 		t.Errorf("%v", err)
 	}
 	if err := ask(context.Background(), socket, "/other", 1, time.Minute); err == nil || !strings.Contains(err.Error(), "404") {

@@ -468,6 +468,41 @@ func TestPolicyByAgent(t *testing.T) {
 	h.clean()
 }
 
+// TestPolicyRefused: a policy that can't be put in force for a pod, since a rule tells its addresses apart, does not leave it
+// open, neither with an agent nor without: ADD fails, or the pod is cut off.
+func TestPolicyRefused(t *testing.T) {
+	h := newHost(t)
+	h.pod().add().del() // loads the programs
+	const apart = `
+apiVersion: projectcalico.org/v3
+kind: GlobalNetworkPolicy
+metadata: {name: apart}
+spec: {selector: role == 'two', ingress: [{action: Allow, destination: {nets: [10.244.0.40/32]}}]}
+`
+	both := func(who string) {
+		for _, unknown := range []string{"allow", "deny"} {
+			p := h.pod()
+			p.conf = role("two", "10.244.0.40", "10.244.0.41")
+			p.conf["policy"] = object{"unknown": unknown}
+			if unknown == "allow" {
+				p.fails(11, "apart", "ADD")
+				continue
+			}
+			p.add()
+			if ids := h.ids(p); ids != [2]uint32{caracal.PolicyUnknown, caracal.PolicyUnknown} {
+				t.Errorf("%s: policy ids %d", who, ids)
+			}
+			p.del()
+		}
+	}
+	h.last(apart)
+	both("alone")
+	h.clean()
+	h.apply(apart)
+	h.cluster()
+	both("agent")
+}
+
 // TestPolicyAgentEnds: the agent is told to end while it puts a new pod's policy in force, and can't. ADD does it then.
 func TestPolicyAgentEnds(t *testing.T) {
 	h := newHost(t)
