@@ -21,9 +21,10 @@ import (
 )
 
 const (
-	tidyAfter   = time.Second // how long ids that were given out are not saved, at most
-	maxTroubles = 10          // that a problem's text lists
-	maxEndpoint = 1 << 20     // bytes of an endpoint that is asked about
+	tidyAfter   = time.Second           // how long ids that were given out are not saved, at most
+	maxTroubles = 10                    // that a problem's text lists
+	maxEndpoint = 1 << 20               // bytes of an endpoint that is asked about
+	fileTick    = 20 * time.Millisecond // writes of a file within less may bear the same time: a tick, 10 ms at most
 )
 
 // policies keeps policy in force, on a goroutine of its own: what is heard of the store is in force before anything is waited
@@ -399,6 +400,7 @@ func (k *keeper) unpublished(e store.Event) {
 
 // readPods reads which pods this node has, if that has changed. On an error those that were known stay.
 func (k *keeper) readPods(ctx context.Context) error {
+	now := time.Now()
 	written, err := node.Changed(k.a.StateDir)
 	if err != nil || written.Equal(k.read) && !written.IsZero() {
 		return err
@@ -408,7 +410,9 @@ func (k *keeper) readPods(ctx context.Context) error {
 		return err
 	}
 	k.p.SetLocal(pods)
-	k.read = written
+	if k.read = written; now.Sub(written) < fileTick {
+		k.read = written.Add(-1) // look again: it may be written again without bearing another time
+	}
 	k.mu.Lock()
 	k.pods, k.podsKnown, k.stale = pods, true, true
 	k.mu.Unlock()

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -8,9 +9,12 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/caracal-net/caracal/api"
 	"github.com/caracal-net/caracal/enforce"
@@ -156,6 +160,40 @@ func TestPolicySocket(t *testing.T) {
 		mux.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), test.method, test.path, strings.NewReader(test.body)))
 		if got := fmt.Sprint(w.Code, " ", w.Body); !strings.HasPrefix(got, test.want) {
 			t.Errorf("%s %s: %s, want %s", test.method, test.path, got, test.want)
+		}
+	}
+}
+
+// TestReadPodsSameTime: Linux before 6.13 gives writes of one tick of its clock the same time. Of two the second is not missed.
+func TestReadPodsSameTime(t *testing.T) {
+	a := newFlowTable(t, 100)
+	a.StateDir, a.Node = t.TempDir(), "h1"
+	p, err := enforce.Load(context.Background(), enforce.Config{Dir: a.StateDir, Maps: a.maps, Node: a.Node, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	k := &keeper{policies: newPolicies(a), p: p}
+	at := time.Now().Add(time.Hour) // however long this takes, it is not over
+	for i, id := range []string{"one", "two"} {
+		db, err := node.Open(context.Background(), a.StateDir, node.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = db.Update(func(tx *node.Tx) error {
+			return tx.PutEndpoint(node.Endpoint{
+				Key: node.Key{Network: "net", ContainerID: id, IfName: "eth0"}, HostIfName: "cali" + id, Netns: "/run/netns/" + id, IPAM: "host-local",
+				MAC: "02:00:00:00:00:01", HostMAC: "ee:ee:ee:ee:ee:ee", Addrs: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, byte(i + 1)})}, MTU: 1500,
+			})
+		})
+		if err := errors.Join(err, db.Close(), os.Chtimes(filepath.Join(a.StateDir, "node.db"), at, at)); err != nil {
+			t.Fatal(err)
+		}
+		if err := k.readPods(context.Background()); err != nil {
+			t.Fatal(err)
+		}
+		if len(k.pods) != i+1 {
+			t.Errorf("%d pods are known, want %d", len(k.pods), i+1)
 		}
 	}
 }
