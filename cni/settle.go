@@ -259,6 +259,9 @@ func (s *settler) changeMAC(ctx context.Context, host *netlink.Handle, e node.En
 			return err
 		}
 		defer m.Close()
+		if _, err := m.Pod(uint32(ifindex)); errors.Is(err, maps.ErrNotFound) {
+			return nil // a DEL is at it; put back, it would be judged by no policy
+		}
 		now.MAC = mac.String()
 		if err := commit.AddPod(m, commit.PodOf(now, ifindex)); err != nil {
 			return err

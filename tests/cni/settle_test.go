@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -12,8 +13,10 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/caracal-net/caracal/commit"
 	"github.com/caracal-net/caracal/internal/netns"
 	"github.com/caracal-net/caracal/loader"
+	caracal "github.com/caracal-net/caracal/maps"
 )
 
 // by tells how the pod's programs are attached.
@@ -132,6 +135,42 @@ func TestSettleOne(t *testing.T) {
 	for _, p := range pods {
 		p.del()
 	}
+	h.clean()
+}
+
+// TestSettleRemoved: a pod that a DEL has taken out of the maps, and not removed yet, is not put back into them, where no policy
+// would judge it, because its MAC address is another now.
+func TestSettleRemoved(t *testing.T) {
+	h := newHost(t)
+	p := h.pod().add()
+	p.settled()
+	eventually(t, "the settler ends", h.busy)
+	m, err := caracal.Open(h.pins())
+	must(t, err)
+	defer m.Close()
+	pods := func() (found []caracal.Pod) {
+		all, err := m.Pods()
+		must(t, err)
+		for _, pod := range all {
+			if slices.Contains(pod.Addresses, p.addr(false)) {
+				found = append(found, pod)
+			}
+		}
+		return found
+	}
+	if len(pods()) != 1 {
+		t.Fatal("the pod is not in the maps")
+	}
+	must(t, commit.RemovePod(m, commit.Pod{IfIndex: int(pods()[0].IfIndex), Addrs: pods()[0].Addresses})) // as DEL begins
+	run(t, p.ns, "ip", "link", "set", "eth0", "address", "02:00:00:00:00:99")
+	other := h.pod().add() // starts a settler
+	other.settled()
+	eventually(t, "the settler ends", h.busy)
+	if found := pods(); len(found) > 0 {
+		t.Errorf("in the maps: %+v", found)
+	}
+	p.del()
+	other.del()
 	h.clean()
 }
 
