@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/caracal-net/caracal/agent"
 	"github.com/caracal-net/caracal/tools/lab"
 )
@@ -79,6 +81,12 @@ func newFlow(t *testing.T, p *lab.Pod, to netip.Addr, port int) *flow {
 		return err
 	})
 	t.Cleanup(func() { f.Close() })
+	raw, err := f.Conn.(*net.TCPConn).SyscallConn()
+	must(t, err)
+	must(t, raw.Control(func(fd uintptr) { // what was dropped is repeated soon, not later and later (tcp(7))
+		err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_THIN_LINEAR_TIMEOUTS, 1)
+	}))
+	must(t, err)
 	must(t, f.say(time.Minute))
 	return f
 }
