@@ -125,6 +125,19 @@ func newPolicyLab(t *testing.T) *policyLab {
 	return p
 }
 
+// TestPolicy shares one lab among the tests of policy: most of what each takes is to build one. Each leaves no policy behind.
+func TestPolicy(t *testing.T) {
+	p := newPolicyLab(t)
+	for _, test := range []struct {
+		name string
+		run  func(*policyLab)
+	}{{"orders", testOrders}, {"what-if", testWhatIf}, {"agent", testAgent}, {"why", testWhy}} {
+		if !t.Run(test.name, func(t *testing.T) { test.run(&policyLab{t, p.Lab, p.web, p.near, p.far}) }) {
+			break // what it left in force is in the others' way
+		}
+	}
+}
+
 func (p *policyLab) clients() []*lab.Pod { return []*lab.Pod{p.near, p.far} }
 
 // apply puts resources in the store.
@@ -158,9 +171,9 @@ func (p *policyLab) open(port int, want bool, from ...*lab.Pod) {
 	}
 }
 
-// TestPolicyOrders: deny-all and allow-http, in both orders, on new and on established connections, from pods on both hosts.
-func TestPolicyOrders(t *testing.T) {
-	p := newPolicyLab(t)
+// Deny-all and allow-http, in both orders, on new and on established connections, from pods on both hosts.
+func testOrders(p *policyLab) {
+	t := p.T
 	var http, other []*flow
 	for _, c := range p.clients() {
 		http = append(http, newFlow(t, c, p.web.Addr(), 80))
@@ -215,10 +228,10 @@ spec:
   - {action: Deny}
 `
 
-// TestPolicyAgent: what an agent put in force stays when it is killed, no packet is lost then, and what changed meanwhile is
+// What an agent put in force stays when it is killed, no packet is lost then, and what changed meanwhile is
 // in force when it is back. A policy that can't be put in force is named, and what was in force of it stays.
-func TestPolicyAgent(t *testing.T) {
-	p := newPolicyLab(t)
+func testAgent(p *policyLab) {
+	t := p.T
 	ctx := t.Context()
 	h := p.Host(1)
 	p.apply(fmt.Sprintf(global, "", "Allow"))

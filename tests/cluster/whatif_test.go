@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -13,10 +12,9 @@ import (
 	"github.com/caracal-net/caracal/tools/lab"
 )
 
-// TestWhatIf: what-if lists the connections that a policy would cut, and the real apply then cuts exactly those; also when it
-// is taken back.
-func TestWhatIf(t *testing.T) {
-	p := newPolicyLab(t)
+// What-if lists the connections that a policy would cut, and the real apply then cuts exactly those; also when it is taken back.
+func testWhatIf(p *policyLab) {
+	t := p.T
 	flows := make(map[string]*flow) // by the opener's end
 	for range 2 {
 		for _, c := range p.clients() {
@@ -107,4 +105,6 @@ func TestWhatIf(t *testing.T) {
 	if diff := cmp.Diff(said, cut(len(said))); diff != "" {
 		t.Errorf("it said (-), and cut (+):\n%s", diff)
 	}
+	p.delete("netpol", "deny-all")
+	p.open(81, true, p.clients()...)
 }

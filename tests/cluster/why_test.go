@@ -46,13 +46,12 @@ func why(t *testing.T, h *lab.Host, args ...string) (x explained, err error) {
 	return x, json.Unmarshal([]byte(out), &x)
 }
 
-// TestWhy: of two pods on two hosts each host says what it judges itself, and what the other one does; what was dropped is known
+// Of two pods on two hosts each host says what it judges itself, and what the other one does; what was dropped is known
 // where it was dropped.
 //
 //	a, role=web --- h1 ---- h2 --- b, role=db
-func TestWhy(t *testing.T) {
-	l := newCluster(t, 2)
-	h1, h2 := l.Host(1), l.Host(2)
+func testWhy(p *policyLab) {
+	t, h1, h2 := p.T, p.Host(1), p.Host(2)
 	a := h1.TestPod(t, "a", lab.PodOptions{Labels: map[string]string{"role": "web"}})
 	b := h2.TestPod(t, "b", lab.PodOptions{Labels: map[string]string{"role": "db"}})
 	ctl(t, h1, `apiVersion: networking.k8s.io/v1
@@ -138,5 +137,6 @@ spec:
 	if echo.Verdict != "denied" || len(echo.Past.Drops) == 0 || !echo.Past.Drops[0].Same {
 		t.Errorf("%+v", echo)
 	}
+	defer p.delete("netpol", "db")
 	t.Log("\n" + ctl(t, h2, "", "why", "a", "b:81") + ctl(t, h2, "", "why", "a", "b:80") + ctl(t, h1, "", "why", "a", "b/icmp") + ctl(t, h2, "", "rules"))
 }
