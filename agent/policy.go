@@ -436,10 +436,8 @@ func (a *Agent) pods(ctx context.Context) ([]node.Endpoint, error) {
 	}
 	defer db.Close()
 	err = db.View(func(tx *node.Tx) error {
-		return tx.Endpoints(func(e node.Endpoint) error {
-			pods = append(pods, e)
-			return nil
-		})
+		pods, err = tx.AllEndpoints()
+		return err
 	})
 	return pods, err
 }

@@ -110,11 +110,9 @@ func (a *adding) findPolicy(ctx context.Context) error {
 // commitPolicy puts the last known policy in force for the pods that are recorded by now.
 func (a *adding) commitPolicy(ctx context.Context, p *enforce.Policy) error {
 	var pods []node.Endpoint
-	err := a.read(ctx, a.c, func(tx *node.Tx) error {
-		return tx.Endpoints(func(e node.Endpoint) error {
-			pods = append(pods, e)
-			return nil
-		})
+	err := a.read(ctx, a.c, func(tx *node.Tx) (err error) {
+		pods, err = tx.AllEndpoints()
+		return err
 	})
 	if err != nil {
 		return err

@@ -130,11 +130,9 @@ func (s *settler) waitQuiet(ctx context.Context, anyhow time.Time) error {
 
 func (s *settler) endpoints(ctx context.Context) ([]node.Endpoint, error) {
 	var all []node.Endpoint
-	err := s.p.read(ctx, s.c, func(tx *node.Tx) error {
-		return tx.Endpoints(func(e node.Endpoint) error {
-			all = append(all, e)
-			return nil
-		})
+	err := s.p.read(ctx, s.c, func(tx *node.Tx) (err error) {
+		all, err = tx.AllEndpoints()
+		return err
 	})
 	if errors.Is(err, node.ErrNoDatabase) {
 		return nil, nil

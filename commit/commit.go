@@ -1,4 +1,4 @@
-// Package commit puts pods into the kernel maps, in the order that never shows a packet half a change.
+// Package commit puts pods and policy into the kernel maps, in the order that never shows a packet half a change.
 // Callers hold the node lock.
 package commit
 

@@ -122,6 +122,16 @@ func (tx *Tx) unindex(e Endpoint) error {
 	return index.Delete([]byte(e.HostIfName))
 }
 
+// AllEndpoints lists the endpoints, sorted by key; never nil.
+func (tx *Tx) AllEndpoints() ([]Endpoint, error) {
+	all := []Endpoint{}
+	err := tx.Endpoints(func(e Endpoint) error {
+		all = append(all, e)
+		return nil
+	})
+	return all, err
+}
+
 // Endpoints calls fn for every endpoint, sorted by key. fn must not write.
 func (tx *Tx) Endpoints(fn func(Endpoint) error) error {
 	return each(tx, bucketEndpoints, func(k, v []byte) error {

@@ -126,8 +126,9 @@ func (h *host) policy(change func(*enforce.Policy)) {
 	must(h.t, err)
 	change(p)
 	var pods []node.Endpoint
-	must(h.t, h.db(func(tx *node.Tx) error {
-		return tx.Endpoints(func(e node.Endpoint) error { pods = append(pods, e); return nil })
+	must(h.t, h.db(func(tx *node.Tx) (err error) {
+		pods, err = tx.AllEndpoints()
+		return err
 	}))
 	p.SetLocal(pods)
 	_, err = p.Commit(context.Background())

@@ -39,11 +39,9 @@ func enforcePolicy(ts *testscript.TestScript, _ bool, args []string) {
 	db, err := node.OpenReadOnly(ctx, h.StateDir(), node.Options{BootIDFile: h.BootIDFile()})
 	ts.Check(err)
 	var local []node.Endpoint
-	err = db.View(func(tx *node.Tx) error {
-		return tx.Endpoints(func(e node.Endpoint) error {
-			local = append(local, e)
-			return nil
-		})
+	err = db.View(func(tx *node.Tx) (err error) {
+		local, err = tx.AllEndpoints()
+		return err
 	})
 	ts.Check(errors.Join(err, db.Close()))
 	p.SetLocal(local)

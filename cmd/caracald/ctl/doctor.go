@@ -155,7 +155,7 @@ func (d *doctor) run(cmd *cobra.Command) error {
 // read reads what the checks compare. What can't be read is for the checks to tell.
 func (d *doctor) read(ctx context.Context) {
 	d.dbErr = d.view(ctx, func(tx *node.Tx) (err error) {
-		d.others, err = endpoints(tx)
+		d.others, err = tx.AllEndpoints()
 		return err
 	})
 	for _, e := range d.others {

@@ -30,7 +30,7 @@ type told struct {
 func (g *globals) told(cmd *cobra.Command) (*told, error) {
 	t, ctx := &told{}, cmd.Context()
 	err := g.view(ctx, func(tx *node.Tx) (err error) {
-		t.local, err = endpoints(tx)
+		t.local, err = tx.AllEndpoints()
 		return err
 	})
 	if err != nil {

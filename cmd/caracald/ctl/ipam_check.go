@@ -133,7 +133,7 @@ func (o *ipamCheckOptions) check(cmd *cobra.Command) (report, error) {
 			return err
 		}
 		c.report = report{Blocks: r.Blocks, Addresses: r.Addresses, Problems: r.Problems}
-		if all, err = endpoints(tx); err != nil {
+		if all, err = tx.AllEndpoints(); err != nil {
 			return err
 		}
 		blocks, err = tx.Blocks()

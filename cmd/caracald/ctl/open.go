@@ -44,16 +44,6 @@ func (g *globals) explainDB(err error) error {
 	return err
 }
 
-// endpoints lists the recorded attachments by key.
-func endpoints(tx *node.Tx) ([]node.Endpoint, error) {
-	var all []node.Endpoint
-	err := tx.Endpoints(func(e node.Endpoint) error {
-		all = append(all, e)
-		return nil
-	})
-	return all, err
-}
-
 // maps opens the node's kernel maps.
 func (g *globals) maps() (*maps.Maps, error) {
 	m, err := maps.Open(g.bpffsDir)

@@ -122,7 +122,7 @@ func (g *globals) pods(cmd *cobra.Command) ([]pod, error) {
 	var all []node.Endpoint
 	err := g.view(cmd.Context(), func(tx *node.Tx) (err error) {
 		if err = g.warnBoot(cmd, tx); err == nil {
-			all, err = endpoints(tx)
+			all, err = tx.AllEndpoints()
 		}
 		return err
 	})
@@ -302,7 +302,7 @@ func short(id string) string {
 func (g *globals) podNames(ctx context.Context) ([]pod, map[netip.Addr]string) {
 	var pods []pod
 	_ = g.view(ctx, func(tx *node.Tx) error { // without it the maps speak for themselves
-		all, err := endpoints(tx)
+		all, err := tx.AllEndpoints()
 		for _, e := range all {
 			pods = append(pods, recorded(e))
 		}

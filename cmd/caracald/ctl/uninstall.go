@@ -124,7 +124,7 @@ func (o *uninstallOptions) plan(cmd *cobra.Command) error {
 		if err != nil {
 			return err
 		}
-		o.pods, err = endpoints(tx)
+		o.pods, err = tx.AllEndpoints()
 		return err
 	})
 	switch {
@@ -235,7 +235,7 @@ func (o *uninstallOptions) alone(ctx context.Context) (unlock func(), err error)
 		if other, err := o.otherBoot(tx); err != nil || other {
 			return err
 		}
-		all, err := endpoints(tx)
+		all, err := tx.AllEndpoints()
 		if err == nil && len(all) > 0 {
 			err = fmt.Errorf("pod %s was added meanwhile: stop the runtime, then repeat uninstall", recorded(all[0]).title())
 		}
