@@ -12,22 +12,67 @@ import (
 	"github.com/caracal-net/caracal/cni"
 )
 
-type validateOptions struct{ *globals }
+type validateOptions struct {
+	*globals
+	resources string
+}
+
+// resourcesVerdict is what there is to say about a file of resources.
+type resourcesVerdict struct {
+	Valid     bool     `json:"valid"`
+	Resources []string `json:"resources"` // kind, namespace and name; none if it is not valid
+	Errors    []string `json:"errors"`
+}
 
 func newValidateCommand(g *globals) *cobra.Command {
 	o := &validateOptions{globals: g}
-	return &cobra.Command{
+	cmd := &cobra.Command{
 		Use:   "validate [FILE]",
-		Short: "Check a CNI configuration",
+		Short: "Check a CNI configuration, or resources",
 		Long: `validate checks a CNI configuration list, or a single configuration, from FILE or stdin ("-"): its structure as libcni
 reads it, and Caracal's own entries as the plugin reads them. Keys that nobody knows are warnings. It exits with 1 when
-there are errors; what is on the node makes no difference.`,
+there are errors; what is on the node makes no difference.
+
+With -f it checks resources instead, as apply reads them, and writes nothing. What they refer to is not looked up: whether a
+policy's tier is there, say.`,
 		Example: `  caracalctl validate /etc/cni/net.d/10-caracal.conflist
   caracalctl validate < 10-caracal.conflist
-  caracalctl validate -o json 10-caracal.conflist | jq .findings`,
+  caracalctl validate -o json 10-caracal.conflist | jq .findings
+  caracalctl validate -f policy.yaml`,
 		Args: atMostOneArg,
-		RunE: func(cmd *cobra.Command, args []string) error { return o.run(cmd, args) },
+		RunE: func(cmd *cobra.Command, args []string) error {
+			switch {
+			case o.resources == "":
+				return o.run(cmd, args)
+			case len(args) > 0:
+				return usagef("%q and -f: a CNI configuration or resources, not both", args[0])
+			}
+			return o.runResources(cmd)
+		},
 	}
+	fileFlag(cmd, &o.resources)
+	return cmd
+}
+
+func (o *validateOptions) runResources(cmd *cobra.Command) error {
+	all, err := readManifest(cmd, o.resources)
+	if o.output == formatTable {
+		for _, r := range all {
+			fmt.Fprintf(cmd.OutOrStdout(), "%s valid\n", r)
+		}
+		return err
+	}
+	v := resourcesVerdict{Valid: err == nil, Resources: []string{}, Errors: []string{}}
+	for _, r := range all {
+		v.Resources = append(v.Resources, r.String())
+	}
+	if err != nil {
+		v.Errors = strings.Split(err.Error(), "\n")
+	}
+	if perr := o.print(cmd, v, nil); perr != nil || v.Valid {
+		return perr
+	}
+	return errFound
 }
 
 func (o *validateOptions) run(cmd *cobra.Command, args []string) error {
