@@ -52,8 +52,8 @@ const (
 
 // enforce puts the pod's policy in force, before the pod can send or be sent anything: by the agent if there is one, else
 // here, as it was known last. Until then the maps have the pod as one of unknown policy; if it stays that, the configuration
-// says what becomes of it; but where its policy is known and can't be put in force it is never let do everything. An agent that
-// knows better mends it later.
+// says what becomes of it; but a pod about which policy was known to have something to say is never let do everything. An agent
+// that knows better mends it later.
 func (a *adding) enforce(ctx context.Context) error {
 	if !a.judged {
 		return nil
@@ -75,8 +75,15 @@ func (a *adding) enforce(ctx context.Context) error {
 	if (errors.Is(why, enforce.ErrRefused) || errors.Is(why, errRefused)) && !a.c.Policy.deniesUnknown() { // known, and not for this pod
 		return fail(codeTryAgain, "%s: its policy can't be put in force: %s", a.key, why)
 	}
-	a.log.Warn("the pod's policy is not known", "endpoint", a.key.String(), "error", why, "denied", a.c.Policy.deniesUnknown())
-	if a.c.Policy.deniesUnknown() {
+	denied := a.c.Policy.deniesUnknown()
+	if !denied { // what was known last is about the pod: then it waits for who keeps policy
+		denied, err = enforce.Selects(ctx, a.c.StateDir, a.record)
+		if errors.Is(err, enforce.ErrNoDatabase) || errors.Is(err, enforce.ErrCorrupt) {
+			err = nil
+		}
+	}
+	a.log.Warn("the pod's policy is not known", "endpoint", a.key.String(), "error", errors.Join(why, err), "denied", denied)
+	if denied {
 		return nil
 	}
 	return a.openUnknown(ctx)

@@ -2,6 +2,7 @@ package enforce
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"maps"
@@ -340,4 +341,20 @@ func Model(nodeName string, resources []api.Resource, local []node.Endpoint) (*p
 		all = append(all, Endpoint(nodeName, e, published[EndpointID(nodeName, e)]))
 	}
 	return policy.FromResources(all)
+}
+
+// Selects tells whether the policy of policy.db has something to say about a pod of this node. It changes nothing and needs no
+// policy.lock. An error, but for ErrNoDatabase and ErrCorrupt, says that it may have.
+func Selects(ctx context.Context, dir string, e node.Endpoint) (bool, error) {
+	s, err := read(ctx, dir)
+	if err != nil {
+		return false, err
+	}
+	m, unread := Model(s.node, s.resources, []node.Endpoint{e})
+	id := EndpointID(s.node, e)
+	tables, err := policy.Compile(m, policy.Options{Local: func(other string) bool { return other == id }})
+	if err != nil || unread != nil {
+		return true, errors.Join(err, unread)
+	}
+	return tables.Pods[id] != (policy.PodPolicies{}), nil
 }

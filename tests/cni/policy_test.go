@@ -405,7 +405,7 @@ const pools = `
 `
 
 // TestPolicyByAgent: the agent puts a new pod's policy in force; when it is killed while ADD waits for it, ADD does; when it
-// hangs the configuration says what the pod may, until the agent goes on.
+// hangs a pod of known policy is cut off until the agent goes on, and of another the configuration says what it may.
 func TestPolicyByAgent(t *testing.T) {
 	h := newHost(t)
 	app, stranger := h.pod(), h.pod().add()
@@ -438,12 +438,20 @@ func TestPolicyByAgent(t *testing.T) {
 		if took := time.Since(begin); took < 2*time.Second || took > 8*time.Second {
 			t.Errorf("ADD took %s beside an agent that hangs", took)
 		}
-		if unknown == "allow" {
-			in.gets(t, "stranger v4", "stranger v6", "app v4", "app v6")
-		} else {
-			time.Sleep(100 * time.Millisecond) // 500 packets of each kind
-			in.never(t, "stranger v4", "stranger v6", "app v4", "app v6")
+		time.Sleep(100 * time.Millisecond) // 500 packets of each kind
+		in.never(t, "stranger v4", "stranger v6", "app v4", "app v6")
+		free := h.pod() // about which no policy is
+		free.conf = role("free")
+		free.conf["policy"] = object{"unknown": unknown}
+		free.add()
+		want := [2]uint32{}
+		if unknown == "deny" {
+			want = [2]uint32{caracal.PolicyUnknown, caracal.PolicyUnknown}
 		}
+		if ids := h.ids(free); ids != want {
+			t.Errorf("with %s: policy ids %d, want %d", unknown, ids, want)
+		}
+		free.del()
 		agent.signal(unix.SIGCONT)
 		in.gets(t, "app v4", "app v6")
 		in.ends(t, "stranger v4", "stranger v6")
