@@ -23,7 +23,7 @@ import (
 // TestOracle holds the programs against the evaluator: random policies are compiled, put into the maps of one node, one after
 // the other, and random packets sent through its programs. Beside its own pods the node knows those of others.
 func TestOracle(t *testing.T) {
-	models, packets, least := 1000, 160, 100_000
+	models, packets, least := 860, 160, 100_000
 	if testing.Short() {
 		models, least = 50, 5_000
 	}
