@@ -59,7 +59,7 @@ func newHost(t testing.TB) *host {
 	must(t, unix.Mount("bpf", filepath.Join(h.dir, "bpf"), "bpf", 0, ""))
 	t.Cleanup(func() {
 		eventually(t, "the processes beside the runtime end", func() error { return h.busy() })
-		must(t, unix.Unmount(filepath.Join(h.dir, "bpf"), 0))
+		eventually(t, "nobody has a file of the bpf file system open", func() error { return unix.Unmount(filepath.Join(h.dir, "bpf"), 0) })
 	})
 	h.conf = object{
 		"cniVersion": "1.1.0", "name": "pods", "type": "caracal", "state_dir": h.state(), "bpffs_dir": h.pins(),
