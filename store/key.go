@@ -45,7 +45,7 @@ func CheckWrite(key string, value []byte) error {
 		return err
 	}
 	if len(value) > MaxValue {
-		return fmt.Errorf("%w: the value of %s has %d bytes, more than %d", ErrInvalid, key, len(value), MaxValue)
+		return fmt.Errorf("%w: the value of %s has %d bytes, more than %d; write it as several smaller ones", ErrInvalid, key, len(value), MaxValue)
 	}
 	return nil
 }
