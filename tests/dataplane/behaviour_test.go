@@ -132,11 +132,11 @@ func TestProbesAlwaysPass(t *testing.T) {
 			conn, err = (&net.Dialer{Timeout: patience}).Dial("tcp", at(a.v4, 8080).String())
 			return err
 		})
-		fd, _, err := unix.Accept(listener)
+		fd, err := acceptFrom(listener)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := unix.Write(fd, []byte("ok")); err != nil {
+		if _, err := writeTo(fd, []byte("ok")); err != nil {
 			t.Fatal(err)
 		}
 		conn.SetDeadline(time.Now().Add(patience))
@@ -173,7 +173,7 @@ func TestTraceroute(t *testing.T) {
 		for range 3 {
 			before := n.counts()
 			send(t, fd, "how far?", b.v4, 33434)
-			if _, err := unix.Read(fd, make([]byte, 10)); !errors.Is(err, unix.EHOSTUNREACH) {
+			if _, err := readFrom(fd, make([]byte, 10)); !errors.Is(err, unix.EHOSTUNREACH) {
 				t.Fatalf("read: %v, want no route to host (time exceeded); counts %v", err, n.since(before))
 			}
 			oob := make([]byte, 512)

@@ -259,10 +259,7 @@ func transfer(t testing.TB, client, server, size int) {
 		got := make([]byte, 0, size)
 		buf := make([]byte, 1<<16)
 		for len(got) < size {
-			k, err := unix.Read(way[1], buf)
-			if errors.Is(err, unix.EINTR) {
-				continue
-			}
+			k, err := readFrom(way[1], buf)
 			if err != nil || k == 0 {
 				t.Fatalf("read after %d bytes: %d, %v", len(got), k, err)
 			}
@@ -369,10 +366,10 @@ func TestHostsUncommon(t *testing.T) {
 		if err := unix.Connect(cfd, sockaddr(b.addr(v6), 9)); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := unix.Write(cfd, []byte("anyone?")); err != nil {
+		if _, err := writeTo(cfd, []byte("anyone?")); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := unix.Read(cfd, make([]byte, 10)); !errors.Is(err, unix.ECONNREFUSED) {
+		if _, err := readFrom(cfd, make([]byte, 10)); !errors.Is(err, unix.ECONNREFUSED) {
 			t.Fatalf("read: %v, want connection refused; counts %v and %v", err, one.since(before[0]), two.since(before[1]))
 		}
 	})
@@ -524,7 +521,7 @@ func offender(t testing.TB, p *pod, to netip.Addr, ttl int) netip.Addr {
 		}
 	}
 	send(t, fd, "how far?", to, 33434)
-	if _, err := unix.Read(fd, make([]byte, 10)); errors.Is(err, unix.ECONNREFUSED) {
+	if _, err := readFrom(fd, make([]byte, 10)); errors.Is(err, unix.ECONNREFUSED) {
 		return netip.Addr{}
 	} else if !errors.Is(err, unix.EHOSTUNREACH) {
 		t.Fatalf("read: %v, want no route to host (time exceeded)", err)
@@ -785,7 +782,7 @@ func TestHostsTranslated(t *testing.T) {
 			if err := unix.Connect(fd, to); err != nil {
 				t.Fatalf("connection %d: %v; counts %v", i, err, one.since(before))
 			}
-			server, _, err := unix.Accept(listener)
+			server, err := acceptFrom(listener)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -822,7 +819,7 @@ func TestHostsStrangers(t *testing.T) {
 			return err
 		})
 		defer conn.Close()
-		server, _, err := unix.Accept(listener)
+		server, err := acceptFrom(listener)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -31,11 +31,11 @@ func echoes(name string, x, y int) *trips {
 	return &trips{name: name, trip: func(number uint64) error {
 		packet := binary.BigEndian.AppendUint64(nil, number)
 		for _, s := range [][2]int{{x, y}, {y, x}} {
-			if _, err := unix.Write(s[0], packet); err != nil {
+			if _, err := writeTo(s[0], packet); err != nil {
 				return err
 			}
 			buf := make([]byte, 16)
-			n, err := unix.Read(s[1], buf)
+			n, err := readFrom(s[1], buf)
 			if err != nil {
 				return err
 			}
@@ -59,12 +59,12 @@ func pings(t testing.TB, name string, a *pod, to netip.Addr) *trips {
 	return &trips{name: name, trip: func(number uint64) error {
 		packet := binary.BigEndian.AppendUint64([]byte{8, 0, 0, 0, 0, 78, 0, 1}, number)
 		binary.BigEndian.PutUint16(packet[2:], ^sum16(0, packet))
-		if _, err := unix.Write(fd, packet); err != nil {
+		if _, err := writeTo(fd, packet); err != nil {
 			return err
 		}
 		for {
 			buf := make([]byte, 100)
-			n, err := unix.Read(fd, buf)
+			n, err := readFrom(fd, buf)
 			if err != nil {
 				return err
 			}
@@ -277,7 +277,7 @@ func TestChangesLoseNothing(t *testing.T) {
 	var sent, arrived uint64
 	load.Go(func() {
 		for !stopped() {
-			if _, err := unix.Write(xfd, []byte("knock")); err != nil {
+			if _, err := writeTo(xfd, []byte("knock")); err != nil {
 				t.Errorf("knock: %v", err)
 				return
 			}
@@ -299,7 +299,7 @@ func TestChangesLoseNothing(t *testing.T) {
 				over = true
 			default:
 			}
-			if n, _ := unix.Read(yfd, make([]byte, 10)); n > 0 {
+			if n, _ := readFrom(yfd, make([]byte, 10)); n > 0 {
 				arrived++
 			} else if over {
 				return

@@ -257,7 +257,7 @@ func (p *pod) ping(to netip.Addr, id byte) error {
 		deadline := time.Now().Add(patience)
 		for time.Now().Before(deadline) {
 			b := make([]byte, 200)
-			n, _, err := unix.Recvfrom(fd, b, 0)
+			n, err := readFrom(fd, b)
 			if err != nil {
 				return fmt.Errorf("no answer: %w", err)
 			}

@@ -74,7 +74,11 @@ func wantTTL(t testing.TB, fd int, v6 bool) {
 func receive(t testing.TB, fd int) (string, int, netip.AddrPort) {
 	t.Helper()
 	buf, oob := make([]byte, 65536), make([]byte, 128)
-	n, on, _, from, err := unix.Recvmsg(fd, buf, oob, 0)
+	var n, on int
+	from, err := restarted(func() (from unix.Sockaddr, err error) {
+		n, on, _, from, err = unix.Recvmsg(fd, buf, oob, 0)
+		return from, err
+	})
 	if err != nil {
 		t.Fatalf("receive: %v", err)
 	}
@@ -155,6 +159,31 @@ func TestUDPBetweenPods(t *testing.T) {
 	})
 }
 
+// restarted calls fn until no signal interrupts it: of a socket with a timeout the kernel does not begin again by itself.
+func restarted[T any](fn func() (T, error)) (T, error) {
+	for {
+		v, err := fn()
+		if !errors.Is(err, unix.EINTR) {
+			return v, err
+		}
+	}
+}
+
+func readFrom(fd int, b []byte) (int, error) {
+	return restarted(func() (int, error) { return unix.Read(fd, b) })
+}
+
+func writeTo(fd int, b []byte) (int, error) {
+	return restarted(func() (int, error) { return unix.Write(fd, b) })
+}
+
+func acceptFrom(fd int) (int, error) {
+	return restarted(func() (int, error) {
+		conn, _, err := unix.Accept(fd)
+		return conn, err
+	})
+}
+
 func TestTCPBetweenPods(t *testing.T) {
 	modes(t, func(t *testing.T, mode loader.Mode, v6 bool) {
 		n := newNode(t, loader.Config{})
@@ -168,7 +197,7 @@ func TestTCPBetweenPods(t *testing.T) {
 		got := 0
 		buf := make([]byte, 65536)
 		for got < len(payload) {
-			k, err := unix.Read(server, buf)
+			k, err := readFrom(server, buf)
 			if err != nil || k == 0 {
 				t.Fatalf("read after %d bytes: %d, %v", got, k, err)
 			}
@@ -192,7 +221,7 @@ func TestTCPBetweenPods(t *testing.T) {
 // writeAll writes all of b: a signal, which the Go runtime sends now and then, makes a blocking write return early.
 func writeAll(fd int, b []byte) {
 	for len(b) > 0 {
-		n, err := unix.Write(fd, b)
+		n, err := writeTo(fd, b)
 		if err != nil {
 			return
 		}
@@ -211,7 +240,7 @@ func connect(t testing.TB, a, b *pod, v6 bool) (client, server int) {
 	if err := unix.Connect(client, sockaddr(b.addr(v6), 7)); err != nil {
 		t.Fatalf("connect: %v", err)
 	}
-	server, _, err := unix.Accept(listener)
+	server, err := acceptFrom(listener)
 	if err != nil {
 		t.Fatalf("accept: %v", err)
 	}
@@ -270,10 +299,10 @@ func TestPortUnreachable(t *testing.T) {
 		if err := unix.Connect(afd, sockaddr(b.addr(v6), 9)); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := unix.Write(afd, []byte("anyone?")); err != nil {
+		if _, err := writeTo(afd, []byte("anyone?")); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := unix.Read(afd, make([]byte, 10)); !errors.Is(err, unix.ECONNREFUSED) {
+		if _, err := readFrom(afd, make([]byte, 10)); !errors.Is(err, unix.ECONNREFUSED) {
 			t.Fatalf("read: %v, want connection refused", err)
 		}
 	})
@@ -306,7 +335,7 @@ func TestPathMTU(t *testing.T) {
 		got := 0
 		buf := make([]byte, 65536)
 		for got < len(payload) {
-			k, err := unix.Read(server, buf)
+			k, err := readFrom(server, buf)
 			if err != nil || k == 0 {
 				t.Fatalf("read after %d bytes: %d, %v; counts %v", got, k, err, n.counts())
 			}
