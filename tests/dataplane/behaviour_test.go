@@ -99,7 +99,7 @@ func TestTranslatedByStack(t *testing.T) {
 		if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &tv); err != nil {
 			return err
 		}
-		return unix.Connect(fd, sockaddr(to, port))
+		return connectTo(fd, sockaddr(to, port))
 	}
 	for range 2 { // one source port, to the Service and to the pod behind it in turn
 		if err := dial(outside, 8080); err != nil {

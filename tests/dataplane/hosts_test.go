@@ -363,7 +363,7 @@ func TestHostsUncommon(t *testing.T) {
 		}
 
 		cfd := a.socket(t, unix.SOCK_DGRAM, 0, v6)
-		if err := unix.Connect(cfd, sockaddr(b.addr(v6), 9)); err != nil {
+		if err := connectTo(cfd, sockaddr(b.addr(v6), 9)); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := writeTo(cfd, []byte("anyone?")); err != nil {
@@ -779,7 +779,7 @@ func TestHostsTranslated(t *testing.T) {
 				t.Fatal(err)
 			}
 			to := []unix.Sockaddr{sockaddr(outside, 8080), sockaddr(b.v4, 7)}[i%2]
-			if err := unix.Connect(fd, to); err != nil {
+			if err := connectTo(fd, to); err != nil {
 				t.Fatalf("connection %d: %v; counts %v", i, err, one.since(before))
 			}
 			server, err := acceptFrom(listener)
@@ -840,7 +840,7 @@ func TestHostsStrangers(t *testing.T) {
 		})
 		defer world.Close()
 		fd := a.socket(t, unix.SOCK_STREAM, 5000, v6)
-		if err := unix.Connect(fd, sockaddr(stranger, 8080)); err != nil {
+		if err := connectTo(fd, sockaddr(stranger, 8080)); err != nil {
 			t.Fatalf("connect: %v; counts %v", err, one.since(before))
 		}
 		peer, err := world.Accept()

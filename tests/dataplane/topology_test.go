@@ -177,6 +177,11 @@ func writeTo(fd int, b []byte) (int, error) {
 	return restarted(func() (int, error) { return unix.Write(fd, b) })
 }
 
+func connectTo(fd int, to unix.Sockaddr) error {
+	_, err := restarted(func() (struct{}, error) { return struct{}{}, unix.Connect(fd, to) })
+	return err
+}
+
 func acceptFrom(fd int) (int, error) {
 	return restarted(func() (int, error) {
 		conn, _, err := unix.Accept(fd)
@@ -237,7 +242,7 @@ func connect(t testing.TB, a, b *pod, v6 bool) (client, server int) {
 		t.Fatal(err)
 	}
 	client = a.socket(t, unix.SOCK_STREAM, 0, v6)
-	if err := unix.Connect(client, sockaddr(b.addr(v6), 7)); err != nil {
+	if err := connectTo(client, sockaddr(b.addr(v6), 7)); err != nil {
 		t.Fatalf("connect: %v", err)
 	}
 	server, err := acceptFrom(listener)
@@ -296,7 +301,7 @@ func TestPortUnreachable(t *testing.T) {
 		n := newNode(t, loader.Config{})
 		a, b := n.addPod("a", 1, mode), n.addPod("b", 2, mode)
 		afd := a.socket(t, unix.SOCK_DGRAM, 0, v6)
-		if err := unix.Connect(afd, sockaddr(b.addr(v6), 9)); err != nil {
+		if err := connectTo(afd, sockaddr(b.addr(v6), 9)); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := writeTo(afd, []byte("anyone?")); err != nil {
