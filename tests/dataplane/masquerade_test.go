@@ -153,7 +153,7 @@ func TestMasqueradeErrors(t *testing.T) {
 		one, _, world := newOutside(t, mode)
 		a := one.addPod("a", 1, mode, masqueraded())
 		fd := a.socket(t, unix.SOCK_DGRAM, 0, v6)
-		if err := unix.Connect(fd, sockaddr(world.addr(v6), 9)); err != nil {
+		if err := connectTo(fd, sockaddr(world.addr(v6), 9)); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := unix.Write(fd, []byte("anyone?")); err != nil {
@@ -177,7 +177,7 @@ func TestMasqueradeErrors(t *testing.T) {
 		afd := a.socket(t, unix.SOCK_DGRAM, 5000, v6)
 		from := ask(t, a, afd, world, wfd, v6, "about to close")
 		unix.Close(afd)
-		if err := unix.Connect(wfd, sockaddr(from.Addr(), int(from.Port()))); err != nil {
+		if err := connectTo(wfd, sockaddr(from.Addr(), int(from.Port()))); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := unix.Write(wfd, []byte("still there?")); err != nil {
@@ -199,7 +199,7 @@ func TestMasqueradeMTU(t *testing.T) {
 		if v6 {
 			level, discover, option, do = unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_MTU, unix.IPV6_PMTUDISC_DO
 		}
-		if err := errors.Join(unix.SetsockoptInt(fd, level, discover, do), unix.Connect(fd, sockaddr(world.addr(v6), 7))); err != nil {
+		if err := errors.Join(unix.SetsockoptInt(fd, level, discover, do), connectTo(fd, sockaddr(world.addr(v6), 7))); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := unix.Write(fd, make([]byte, 1450)); err != nil {
@@ -480,7 +480,7 @@ func TestMasqueradeTranslatedByStack(t *testing.T) {
 			t.Fatal(err)
 		}
 		client := world.socket(t, unix.SOCK_STREAM, 0, false)
-		if err := unix.Connect(client, sockaddr(end1.v4.Addr(), 8081)); err != nil {
+		if err := connectTo(client, sockaddr(end1.v4.Addr(), 8081)); err != nil {
 			t.Fatal(err)
 		}
 		server, _, err := unix.Accept(listener)

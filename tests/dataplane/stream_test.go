@@ -112,7 +112,7 @@ func talk(t testing.TB, protocol string, a, b *pod, v6 bool, pace time.Duration)
 
 func dial(t testing.TB, fd int, to netip.Addr, port int) {
 	t.Helper()
-	if err := unix.Connect(fd, sockaddr(to, port)); err != nil {
+	if err := connectTo(fd, sockaddr(to, port)); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -102,7 +102,7 @@ func TestConnectionsEnd(t *testing.T) {
 	meet := func() (client, server int) {
 		t.Helper()
 		client = a.socket(t, unix.SOCK_STREAM, 5000, false)
-		if err := unix.Connect(client, sockaddr(b.v4, 7)); err != nil {
+		if err := connectTo(client, sockaddr(b.v4, 7)); err != nil {
 			t.Fatal(err)
 		}
 		server, _, err := unix.Accept(listener)
@@ -158,7 +158,7 @@ func TestConnectionsEnd(t *testing.T) {
 	// Nobody listens: the flow is over before it was confirmed.
 	refused := a.socket(t, unix.SOCK_STREAM, 5001, false)
 	x, y = at(a.v4, 5001), at(b.v4, 9)
-	if err := unix.Connect(refused, sockaddr(b.v4, 9)); !errors.Is(err, unix.ECONNREFUSED) {
+	if err := connectTo(refused, sockaddr(b.v4, 9)); !errors.Is(err, unix.ECONNREFUSED) {
 		t.Errorf("connect: %v", err)
 	}
 	state("closed")

@@ -17,7 +17,7 @@ func lossless(t *testing.T, n *node, a, b *pod, port int, fn func()) {
 	t.Helper()
 	afd, bfd := a.socket(t, unix.SOCK_DGRAM, port, false), b.socket(t, unix.SOCK_DGRAM, port, false)
 	for fd, to := range map[int]*pod{afd: b, bfd: a} {
-		if err := unix.Connect(fd, sockaddr(to.v4, port)); err != nil {
+		if err := connectTo(fd, sockaddr(to.v4, port)); err != nil {
 			t.Fatal(err)
 		}
 	}
