@@ -204,7 +204,10 @@ func ask(ns, address string) (string, error) {
 			}
 		}
 		a := netip.MustParseAddrPort(address)
-		return unix.Connect(fd, &unix.SockaddrInet4{Addr: a.Addr().As4(), Port: int(a.Port())})
+		for err = unix.EINTR; errors.Is(err, unix.EINTR); { // with a timeout the kernel does not begin again by itself
+			err = unix.Connect(fd, &unix.SockaddrInet4{Addr: a.Addr().As4(), Port: int(a.Port())})
+		}
+		return err
 	})
 	if fd >= 0 {
 		defer unix.Close(fd)
@@ -214,6 +217,9 @@ func ask(ns, address string) (string, error) {
 	}
 	b := make([]byte, 100)
 	n, err := unix.Read(fd, b)
+	for errors.Is(err, unix.EINTR) {
+		n, err = unix.Read(fd, b)
+	}
 	return string(b[:max(n, 0)]), err
 }
 

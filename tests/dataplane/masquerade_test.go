@@ -141,7 +141,7 @@ func TestMasqueradeTCP(t *testing.T) {
 		client, server := connect(t, a, world, v6)
 		transfer(t, client, server, 1<<20)
 		unix.Close(client)
-		if n, err := unix.Read(server, make([]byte, 1)); n != 0 || err != nil {
+		if n, err := readFrom(server, make([]byte, 1)); n != 0 || err != nil {
 			t.Errorf("the end of the connection: %d, %v", n, err)
 		}
 	})
@@ -156,10 +156,10 @@ func TestMasqueradeErrors(t *testing.T) {
 		if err := connectTo(fd, sockaddr(world.addr(v6), 9)); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := unix.Write(fd, []byte("anyone?")); err != nil {
+		if _, err := writeTo(fd, []byte("anyone?")); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := unix.Read(fd, make([]byte, 10)); !errors.Is(err, unix.ECONNREFUSED) {
+		if _, err := readFrom(fd, make([]byte, 10)); !errors.Is(err, unix.ECONNREFUSED) {
 			t.Errorf("read: %v, want connection refused; counts %v", err, one.counts())
 		}
 		want := []netip.Addr{outside, end2.v4.Addr(), {}}
@@ -180,10 +180,10 @@ func TestMasqueradeErrors(t *testing.T) {
 		if err := connectTo(wfd, sockaddr(from.Addr(), int(from.Port()))); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := unix.Write(wfd, []byte("still there?")); err != nil {
+		if _, err := writeTo(wfd, []byte("still there?")); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := unix.Read(wfd, make([]byte, 10)); !errors.Is(err, unix.ECONNREFUSED) {
+		if _, err := readFrom(wfd, make([]byte, 10)); !errors.Is(err, unix.ECONNREFUSED) {
 			t.Errorf("the world reads %v, want connection refused; counts %v", err, one.counts())
 		}
 	})
@@ -202,7 +202,7 @@ func TestMasqueradeMTU(t *testing.T) {
 		if err := errors.Join(unix.SetsockoptInt(fd, level, discover, do), connectTo(fd, sockaddr(world.addr(v6), 7))); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := unix.Write(fd, make([]byte, 1450)); err != nil {
+		if _, err := writeTo(fd, make([]byte, 1450)); err != nil {
 			t.Fatal(err)
 		}
 		until(t, "the pod to learn an MTU of 1400", func() bool {
@@ -483,7 +483,7 @@ func TestMasqueradeTranslatedByStack(t *testing.T) {
 		if err := connectTo(client, sockaddr(end1.v4.Addr(), 8081)); err != nil {
 			t.Fatal(err)
 		}
-		server, _, err := unix.Accept(listener)
+		server, err := acceptFrom(listener)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
-	"golang.org/x/sys/unix"
 
 	"github.com/caracal-net/caracal/bpf"
 	"github.com/caracal-net/caracal/commit"
@@ -541,7 +540,7 @@ func TestPolicyCutsConnection(t *testing.T) {
 					t.Fatal(err)
 				}
 				for _, fd := range []int{client, server} {
-					if _, err := unix.Write(fd, []byte("x")); err != nil {
+					if _, err := writeTo(fd, []byte("x")); err != nil {
 						t.Fatal(err)
 					}
 				}
@@ -562,7 +561,7 @@ func TestPolicyCutsConnection(t *testing.T) {
 			})
 			n.identify(friend, x)
 			for _, fd := range []int{client, server} { // TCP sends again what was dropped
-				if k, err := unix.Read(fd, make([]byte, 10)); err != nil || k != 1 {
+				if k, err := readFrom(fd, make([]byte, 10)); err != nil || k != 1 {
 					t.Errorf("allowed again: read %d bytes: %v", k, err)
 				}
 			}
@@ -573,10 +572,10 @@ func TestPolicyCutsConnection(t *testing.T) {
 // pass sends a byte over a connection.
 func pass(t testing.TB, from, to int) {
 	t.Helper()
-	if _, err := unix.Write(from, []byte("y")); err != nil {
+	if _, err := writeTo(from, []byte("y")); err != nil {
 		t.Fatal(err)
 	}
-	if k, err := unix.Read(to, make([]byte, 10)); err != nil || k != 1 {
+	if k, err := readFrom(to, make([]byte, 10)); err != nil || k != 1 {
 		t.Fatalf("read %d bytes: %v", k, err)
 	}
 }
@@ -735,7 +734,7 @@ func TestUpgradeToPolicy(t *testing.T) {
 	n.rows(row(100, 0, 0, 0, 0, deny, 1))
 	n.policy(b, 0, 100)
 	before := n.counts()
-	if _, err := unix.Write(client, []byte("x")); err != nil {
+	if _, err := writeTo(client, []byte("x")); err != nil {
 		t.Fatal(err)
 	}
 	until(t, "a drop", func() bool { return n.since(before)["from_pod drop_policy_ingress"] > 0 })

@@ -50,7 +50,7 @@ func newStream(t testing.TB, from, to int, header []byte, pace time.Duration) *s
 	s.done.Go(func() {
 		buf := make([]byte, 4096)
 		for !stopped() {
-			n, err := unix.Read(to, buf)
+			n, err := readFrom(to, buf)
 			if err != nil || n < 8 {
 				continue
 			}

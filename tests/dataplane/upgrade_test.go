@@ -26,10 +26,10 @@ func lossless(t *testing.T, n *node, a, b *pod, port int, fn func()) {
 	trip := func() error {
 		buf := make([]byte, 10)
 		for _, s := range [][2]int{{afd, bfd}, {bfd, afd}} {
-			if _, err := unix.Write(s[0], []byte("ping")); err != nil {
+			if _, err := writeTo(s[0], []byte("ping")); err != nil {
 				return err
 			}
-			if _, err := unix.Read(s[1], buf); err != nil {
+			if _, err := readFrom(s[1], buf); err != nil {
 				return fmt.Errorf("trip %d: %w", trips, err)
 			}
 		}
@@ -106,10 +106,10 @@ func TestUpgradeUnderTraffic(t *testing.T) {
 				t.Errorf("%d flows, want %d", s.Flows, opened+1)
 			}
 			before := n.counts()
-			if _, err := unix.Write(client, []byte("still there?")); err != nil {
+			if _, err := writeTo(client, []byte("still there?")); err != nil {
 				t.Fatal(err)
 			}
-			if k, err := unix.Read(server, make([]byte, 100)); k != 12 {
+			if k, err := readFrom(server, make([]byte, 100)); k != 12 {
 				t.Errorf("read %d bytes: %v; counts %v", k, err, n.since(before))
 			}
 		})
