@@ -11,28 +11,17 @@ import (
 	"testing"
 
 	"github.com/cilium/ebpf"
-	"golang.org/x/sys/unix"
 
 	"github.com/caracal-net/caracal/bpf"
 	"github.com/caracal-net/caracal/loader"
 	"github.com/caracal-net/caracal/maps"
+	"github.com/caracal-net/caracal/tests/bpffs"
 )
 
 // newFlowTable is an agent with the maps of a node on which no pod is.
 func newFlowTable(t *testing.T, places uint32) *Agent {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
-	root := t.TempDir()
-	if err := unix.Mount("bpf", root, "bpf", 0, ""); err != nil {
-		t.Fatalf("mount bpffs: %v", err)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(root, unix.MNT_DETACH); err != nil {
-			t.Errorf("unmount bpffs: %v", err)
-		}
-	})
+	root := bpffs.Mount(t)
 	a := &Agent{Config: Config{BPFFSDir: filepath.Join(root, "node"), Log: slog.New(slog.DiscardHandler)}, problems: make(map[string]Problem)}
 	if err := loader.Ensure(loader.Config{Dir: a.BPFFSDir, MaxFlows: places}); err != nil {
 		t.Fatal(err)

@@ -9,30 +9,19 @@ import (
 	"testing"
 
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 
 	"github.com/caracal-net/caracal/api"
 	"github.com/caracal-net/caracal/bgp"
 	"github.com/caracal-net/caracal/internal/netns"
 	"github.com/caracal-net/caracal/loader"
 	"github.com/caracal-net/caracal/maps"
+	"github.com/caracal-net/caracal/tests/bpffs"
 )
 
 // onHost calls fn with an agent that has maps of its own, in a network namespace with eth0, 192.0.2.1/24.
 func onHost(t *testing.T, fn func(a *Agent) error) {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root: network namespaces, mounts, eBPF")
-	}
-	root, name := t.TempDir(), fmt.Sprintf("agent-%d", os.Getpid())
-	if err := unix.Mount("bpf", root, "bpf", 0, ""); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(root, unix.MNT_DETACH); err != nil {
-			t.Error(err)
-		}
-	})
+	root, name := bpffs.Mount(t), fmt.Sprintf("agent-%d", os.Getpid())
 	if err := netns.Create(name); err != nil {
 		t.Fatal(err)
 	}

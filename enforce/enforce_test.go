@@ -10,14 +10,13 @@ import (
 	"strings"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/caracal-net/caracal/api"
 	"github.com/caracal-net/caracal/api/manifest"
 	"github.com/caracal-net/caracal/loader"
 	"github.com/caracal-net/caracal/maps"
 	"github.com/caracal-net/caracal/node"
 	"github.com/caracal-net/caracal/policy"
+	"github.com/caracal-net/caracal/tests/bpffs"
 )
 
 // host is a node with real maps and a policy.
@@ -30,19 +29,8 @@ type host struct {
 
 func newHost(t testing.TB, cfg loader.Config) *host {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("kernel maps take root")
-	}
-	bpffs := t.TempDir()
-	if err := unix.Mount("bpf", bpffs, "bpf", 0, ""); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(bpffs, unix.MNT_DETACH); err != nil {
-			t.Error(err)
-		}
-	})
-	cfg.Dir, cfg.NodeID = filepath.Join(bpffs, "node"), "h1"
+	dir := bpffs.Mount(t)
+	cfg.Dir, cfg.NodeID = filepath.Join(dir, "node"), "h1"
 	if err := loader.Ensure(cfg); err != nil {
 		t.Fatal(err)
 	}

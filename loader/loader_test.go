@@ -19,6 +19,7 @@ import (
 	"github.com/caracal-net/caracal/bpf"
 	"github.com/caracal-net/caracal/internal/netns"
 	"github.com/caracal-net/caracal/internal/tc"
+	"github.com/caracal-net/caracal/tests/bpffs"
 )
 
 // ensureIn makes the test binary call Ensure in the directory it names and exit.
@@ -35,26 +36,9 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-func mountBPF(t testing.TB) string {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
-	dir := t.TempDir()
-	if err := unix.Mount("bpf", dir, "bpf", 0, ""); err != nil {
-		t.Fatalf("mount bpffs: %v", err)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
-			t.Errorf("unmount bpffs: %v", err)
-		}
-	})
-	return dir
-}
-
 func ensured(t testing.TB) string {
 	t.Helper()
-	dir := filepath.Join(mountBPF(t), "node")
+	dir := filepath.Join(bpffs.Mount(t), "node")
 	if err := Ensure(Config{Dir: dir, MaxFlows: 1024, NodeID: "n1"}); err != nil {
 		t.Fatal(err)
 	}
@@ -110,7 +94,7 @@ func TestEnsureRefuses(t *testing.T) {
 	if err := Ensure(Config{Dir: filepath.Join(t.TempDir(), "node")}); !errors.Is(err, ErrNotBPFFS) {
 		t.Errorf("outside a bpffs: %v", err)
 	}
-	root := mountBPF(t)
+	root := bpffs.Mount(t)
 	if err := Ensure(Config{Dir: filepath.Join(root, "node"), NodeID: strings.Repeat("x", 32)}); err == nil {
 		t.Error("a node id of 32 bytes was taken")
 	}
@@ -173,7 +157,7 @@ func ensureElsewhere(dir string) *exec.Cmd {
 }
 
 func TestEnsureAtOnce(t *testing.T) {
-	root := mountBPF(t)
+	root := bpffs.Mount(t)
 	dir := filepath.Join(root, "node")
 	errs := make(chan error)
 	for range 8 {
@@ -202,7 +186,7 @@ func TestEnsureAtOnce(t *testing.T) {
 
 // Ensure killed at any moment leaves all or nothing, and the next one cleans up. A neighbour of a like name stays.
 func TestEnsureKilled(t *testing.T) {
-	root := mountBPF(t)
+	root := bpffs.Mount(t)
 	dir := filepath.Join(root, "node")
 	neighbour := filepath.Join(root, "node-17")
 	if err := os.Mkdir(neighbour, 0o700); err != nil {

@@ -13,26 +13,15 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
-	"golang.org/x/sys/unix"
 
 	"github.com/caracal-net/caracal/bpf"
+	"github.com/caracal-net/caracal/tests/bpffs"
 )
 
 // pinnedMaps pins the dataplane's maps, small, in a bpffs of the test's own.
 func pinnedMaps(t *testing.T) *Maps {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
-	root := t.TempDir()
-	if err := unix.Mount("bpf", root, "bpf", 0, ""); err != nil {
-		t.Fatalf("mount bpffs: %v", err)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(root, unix.MNT_DETACH); err != nil {
-			t.Errorf("unmount bpffs: %v", err)
-		}
-	})
+	root := bpffs.Mount(t)
 	dir := filepath.Join(root, "node")
 	if _, err := Open(dir); !errors.Is(err, ErrNotLoaded) {
 		t.Errorf("open of nothing: %v", err)

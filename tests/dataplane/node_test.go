@@ -25,6 +25,7 @@ import (
 	"github.com/caracal-net/caracal/internal/tc"
 	"github.com/caracal-net/caracal/loader"
 	"github.com/caracal-net/caracal/maps"
+	"github.com/caracal-net/caracal/tests/bpffs"
 )
 
 var (
@@ -55,24 +56,6 @@ type pod struct {
 	ifindex int // of the pod's own end
 }
 
-// mountBPF mounts a bpffs of the test's own.
-func mountBPF(t testing.TB) string {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
-	dir := t.TempDir()
-	if err := unix.Mount("bpf", dir, "bpf", 0, ""); err != nil {
-		t.Fatalf("mount bpffs: %v", err)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
-			t.Errorf("unmount bpffs: %v", err)
-		}
-	})
-	return dir
-}
-
 func newNS(t testing.TB, name string) *netns.NS {
 	t.Helper()
 	if err := netns.Create(name); err != nil {
@@ -94,7 +77,7 @@ func newNS(t testing.TB, name string) *netns.NS {
 func newNode(t testing.TB, cfg loader.Config) *node {
 	t.Helper()
 	if cfg.Dir == "" {
-		cfg.Dir = filepath.Join(mountBPF(t), "node")
+		cfg.Dir = filepath.Join(bpffs.Mount(t), "node")
 	}
 	n := newRouter(t)
 	n.dir = cfg.Dir

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/caracal-net/caracal/loader"
+	"github.com/caracal-net/caracal/tests/bpffs"
 )
 
 // lossless keeps packets going between a and b, to and fro, while fn runs, and fails if one is lost. Nothing but b's
@@ -118,7 +119,7 @@ func TestUpgradeUnderTraffic(t *testing.T) {
 
 // Two nodes on one kernel know nothing of each other: the same addresses, the same interface numbers.
 func TestTwoNodes(t *testing.T) {
-	root := mountBPF(t)
+	root := bpffs.Mount(t)
 	one := newNode(t, loader.Config{Dir: filepath.Join(root, "node")})
 	two := newNode(t, loader.Config{Dir: filepath.Join(root, "node-2")})
 	a1, b1 := one.addPod("a", 1, loader.Quick), one.addPod("b", 2, loader.Quick)
