@@ -149,13 +149,9 @@ func (h *Host) start(name string, cmd *exec.Cmd) error {
 
 // Signal sends a signal to a daemon of the host, "etcd" or "caracald", and with SIGKILL or SIGTERM waits until it is gone.
 func (h *Host) Signal(ctx context.Context, name string, s unix.Signal) error {
-	text, err := os.ReadFile(h.pidFile(name))
+	pid, err := h.readPid(name)
 	if err != nil {
-		return fmt.Errorf("%s on %s: %w", name, h.Name, err)
-	}
-	var pid int
-	if _, err := fmt.Sscan(string(text), &pid); err != nil {
-		return fmt.Errorf("%s on %s: %w", name, h.Name, err)
+		return err
 	}
 	if err := unix.Kill(pid, s); err != nil {
 		return fmt.Errorf("%s on %s: %w", name, h.Name, err)
@@ -169,6 +165,18 @@ func (h *Host) Signal(ctx context.Context, name string, s unix.Signal) error {
 		}
 		return errors.New("still there")
 	})
+}
+
+// readPid reads the process id of a daemon of the host.
+func (h *Host) readPid(name string) (pid int, err error) {
+	text, err := os.ReadFile(h.pidFile(name))
+	if err == nil {
+		_, err = fmt.Sscan(string(text), &pid)
+	}
+	if err != nil {
+		return 0, fmt.Errorf("%s on %s: %w", name, h.Name, err)
+	}
+	return pid, nil
 }
 
 // await repeats what may not hold yet.

@@ -85,6 +85,9 @@ func (l *Lab) tearDown(ctx context.Context) error {
 		errs = append(errs, removeChildren(l.bpfDir(), "maps.debug", "progs.debug"))
 	}
 	errs = append(errs, unmountBelow(l.Dir))
+	for _, h := range l.Hosts() {
+		errs = append(errs, await(ctx, "control groups of "+h.Name+" are empty", func() error { return removeCgroups(h.cgroup()) }))
+	}
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("lab %s: %w", l.Name, err)
 	}

@@ -41,6 +41,10 @@ func Leftovers(name string) []string {
 	for _, c := range cached {
 		out = append(out, "file "+c)
 	}
+	groups, _ := filepath.Glob("/sys/fs/cgroup/*/" + cgroupPrefix + name + "-*")
+	for _, g := range groups {
+		out = append(out, "control group "+g)
+	}
 	for _, p := range labProcesses(name, nil) {
 		out = append(out, "process "+p.String())
 	}
