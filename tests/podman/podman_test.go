@@ -1,3 +1,4 @@
+// Package podman runs containers with podman (CNI backend) on our configuration list.
 package podman
 
 import (
@@ -15,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caracal-net/caracal/tests/image"
 	"github.com/caracal-net/caracal/tests/testenv"
 	"github.com/caracal-net/caracal/tools/lab"
 )
@@ -31,7 +33,7 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(testenv.Main(m)) }
 
-const image = "localhost/caracal-busybox:test"
+const busybox = "localhost/caracal-busybox:test"
 
 // deadline bounds the wait for one condition.
 const deadline = 10 * time.Second
@@ -159,13 +161,13 @@ func testRuntime(t *testing.T, under plugin) {
 	// The same requested address twice: the second time proves that it was given back.
 	want := netip.MustParseAddr("10.244.0.50")
 	for range 2 {
-		out := p.run("run", "--rm", "--network", p.network, "--ip", want.String(), image, "ip", "-4", "-o", "addr", "show", "dev", "eth0")
+		out := p.run("run", "--rm", "--network", p.network, "--ip", want.String(), busybox, "ip", "-4", "-o", "addr", "show", "dev", "eth0")
 		if !strings.Contains(out, " "+want.String()+"/") {
 			t.Errorf("run --ip %s gives %q", want, out)
 		}
 	}
 	// A container that ends by itself is cleaned up by conmon's call of podman, in an environment of its own.
-	p.run("run", "-d", "--name", "brief", "--network", p.network, image, "true")
+	p.run("run", "-d", "--name", "brief", "--network", p.network, busybox, "true")
 	p.waitFor("the address of an ended container to be given back", func() error {
 		if used := p.inUse(under); len(used) != 2 {
 			return fmt.Errorf("in use: %v", used)
@@ -174,7 +176,7 @@ func testRuntime(t *testing.T, under plugin) {
 	})
 
 	// An address in use is refused, and its owner keeps working.
-	if out, err := p.try("run", "--rm", "--network", p.network, "--ip", p.address("web"), image, "true"); err == nil {
+	if out, err := p.try("run", "--rm", "--network", p.network, "--ip", p.address("web"), busybox, "true"); err == nil {
 		t.Errorf("run --ip with the address of a running container succeeded: %s", out)
 	}
 	p.reaches("client", "web")
@@ -217,7 +219,6 @@ func newPodman(t *testing.T, cfg lab.Config) *podman {
 	program := testenv.NeedProgram(t, "podman", "podman")
 	runc := testenv.NeedProgram(t, "runc", "runc")
 	testenv.NeedProgram(t, "conmon", "conmon")
-	busybox := testenv.NeedProgram(t, "busybox", "busybox-static")
 	forgetBlobCache(t)
 
 	l := lab.New(t, cfg)
@@ -268,11 +269,7 @@ default_network = "%[3]s"
 			t.Errorf("podman rm -fa: %v\n%s", err, out)
 		}
 	})
-	tar := filepath.Join(dir, "image.tar")
-	if err := WriteImage(tar, image, busybox); err != nil {
-		t.Fatal(err)
-	}
-	p.run("load", "--signature-policy", filepath.Join(dir, "policy.json"), "-i", tar)
+	p.run("load", "--signature-policy", filepath.Join(dir, "policy.json"), "-i", image.Busybox(t, dir, busybox))
 	// A plugin whose VERSION fails makes podman use a bridge of its own invention under the same name.
 	var networks []struct {
 		Plugins []struct{ Network struct{ Type string } }
@@ -353,7 +350,7 @@ func (p *podman) inUse(under plugin) []string {
 // serve runs a container with a web server that says who it is.
 func (p *podman) serve(name string) {
 	p.t.Helper()
-	p.run("run", "-d", "--name", name, "--network", p.network, image, "sh", "-c",
+	p.run("run", "-d", "--name", name, "--network", p.network, busybox, "sh", "-c",
 		fmt.Sprintf("echo '%s' >/srv/index.html; exec httpd -f -p 80 -h /srv", p.payload(name)))
 }
 

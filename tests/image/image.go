@@ -1,5 +1,6 @@
-// Package podman runs containers with podman (CNI backend) on our configuration list. See podman_test.go.
-package podman
+// Package image makes container images for tests, with no registry and nothing of the network: archives (docker-archive) that
+// docker, podman, ctr and nerdctl load.
+package image
 
 import (
 	"archive/tar"
@@ -8,26 +9,52 @@ import (
 	"debug/elf"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
+	"testing"
+
+	"github.com/caracal-net/caracal/tests/testenv"
 )
 
-// WriteImage writes a docker-archive, which podman, docker, ctr and nerdctl load, with nothing in it but the statically
-// linked busybox at busybox and a link for each of its applets. Its command is a shell.
-func WriteImage(path, ref, busybox string) error {
-	layer, err := makeLayer(busybox)
-	if err != nil {
-		return err
+// Busybox writes an image into the directory dir and returns the archive's path. In it is Debian's statically linked busybox,
+// with a link for each of its applets; its command is a shell. ref is its name, such as "localhost/busybox:test".
+func Busybox(t testing.TB, dir, ref string) (archive string) {
+	t.Helper()
+	return write(t, dir, ref, []string{"/bin/sh"})
+}
+
+// Pause writes an image like Busybox's whose command does nothing until it is told to end (SIGTERM): what a pod's sandbox is.
+func Pause(t testing.TB, dir, ref string) (archive string) {
+	t.Helper()
+	return write(t, dir, ref, []string{"/bin/sh", "-c", `trap "exit 0" TERM INT; while :; do sleep 3600 & wait $!; done`})
+}
+
+func write(t testing.TB, dir, ref string, command []string) string {
+	t.Helper()
+	program := testenv.NeedProgram(t, "busybox", "busybox-static")
+	path := filepath.Join(dir, strings.NewReplacer("/", "-", ":", "-").Replace(ref)+".tar")
+	layer, err := makeLayer(program)
+	if err == nil {
+		err = writeArchive(path, ref, layer, command)
 	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// writeArchive writes an archive of one layer.
+func writeArchive(path, ref string, layer []byte, command []string) error {
 	config, err := json.Marshal(map[string]any{
 		"architecture": runtime.GOARCH,
 		"os":           "linux",
 		"created":      "1970-01-01T00:00:00Z",
-		"config":       map[string]any{"Cmd": []string{"/bin/sh"}, "Env": []string{"PATH=/bin"}},
+		"config":       map[string]any{"Cmd": command, "Env": []string{"PATH=/bin"}},
 		"rootfs":       map[string]any{"type": "layers", "diff_ids": []string{"sha256:" + digest(layer)}},
 		"history":      []map[string]any{{"created": "1970-01-01T00:00:00Z"}},
 	})
@@ -111,7 +138,7 @@ func checkStatic(program []byte) error {
 	}
 	for _, p := range f.Progs {
 		if p.Type == elf.PT_INTERP {
-			return fmt.Errorf("is not statically linked (apt-get install busybox-static)")
+			return errors.New("is not statically linked (apt-get install busybox-static)")
 		}
 	}
 	return nil
