@@ -116,6 +116,28 @@ type RuntimeConfig struct {
 		Searches []string `json:"searches"`
 		Options  []string `json:"options"`
 	} `json:"dns"`
+	PodAnnotations annotations `json:"io.kubernetes.cri.pod-annotations"` // of containerd's and CRI-O's CRI
+}
+
+// annotations are those of a Kubernetes pod.
+type annotations map[string]string
+
+// Calico's annotations of pods that are read here.
+const (
+	annotationIPs = "cni.projectcalico.org/ipAddrs" // a JSON list of addresses
+	annotationMAC = "cni.projectcalico.org/hwAddr"
+)
+
+func (a annotations) ips() ([]string, error) {
+	text, ok := a[annotationIPs]
+	if !ok {
+		return nil, nil
+	}
+	var list []string
+	if err := json.Unmarshal([]byte(text), &list); err != nil {
+		return nil, fail(codeConfig, `annotation %s: %s is not a JSON list of addresses such as ["10.244.0.7"]`, annotationIPs, quoted(text))
+	}
+	return list, nil
 }
 
 // labels are key-value pairs: as an object, or as CNI's convention has them, a list of {key, value}.
@@ -342,23 +364,37 @@ func (c *Config) families(tx *node.Tx, cfg ipam.Config) (v4, v6 bool, err error)
 	return v4, v6, err
 }
 
-// requested are the addresses that somebody asked for: the runtime's capability before args.cni before CNI_ARGS
-// (CNI CONVENTIONS.md).
+// requested are the addresses that somebody asked for: the runtime's capability before args.cni before the pod's annotation
+// before CNI_ARGS (CNI CONVENTIONS.md says it of the three that it knows).
 func (c *Config) requested(env *Env) ([]netip.Addr, error) {
-	from, list := "runtimeConfig.ips", c.RuntimeConfig.IPs
-	if len(list) == 0 {
-		from, list = "args.cni.ips", c.Args.CNI.IPs
+	annotated, err := c.RuntimeConfig.PodAnnotations.ips()
+	if err != nil {
+		return nil, err
 	}
-	if len(list) == 0 && env.Args["IP"] != "" {
-		from, list = "CNI_ARGS IP", strings.Split(env.Args["IP"], ",")
+	var arg []string
+	if env.Args["IP"] != "" {
+		arg = strings.Split(env.Args["IP"], ",")
 	}
+	for _, asked := range []struct {
+		where string
+		list  []string
+	}{{"runtimeConfig.ips", c.RuntimeConfig.IPs}, {"args.cni.ips", c.Args.CNI.IPs}, {"annotation " + annotationIPs, annotated}, {"CNI_ARGS IP", arg}} {
+		if len(asked.list) > 0 {
+			return parseAddrs(asked.where, asked.list)
+		}
+	}
+	return nil, nil
+}
+
+// parseAddrs reads addresses, and ignores the prefix lengths that they may have.
+func parseAddrs(where string, list []string) ([]netip.Addr, error) {
 	var addrs []netip.Addr
 	for _, s := range list {
 		a, err := netip.ParseAddr(s)
 		if err != nil {
 			p, err := netip.ParsePrefix(s)
 			if err != nil {
-				return nil, fail(codeConfig, "%s: %q is not an address", from, s)
+				return nil, fail(codeConfig, "%s: %s is not an address", where, quoted(s))
 			}
 			a = p.Addr()
 		}
@@ -367,23 +403,22 @@ func (c *Config) requested(env *Env) ([]netip.Addr, error) {
 	return addrs, nil
 }
 
-// mac is the MAC address that somebody asked for, nil when nobody did.
+// mac is the MAC address that somebody asked for, in the order of requested; nil when nobody did.
 func (c *Config) mac(env *Env) (net.HardwareAddr, error) {
-	from, s := "runtimeConfig.mac", c.RuntimeConfig.MAC
-	if s == "" {
-		from, s = "args.cni.mac", c.Args.CNI.MAC
+	for _, asked := range []struct{ where, mac string }{
+		{"runtimeConfig.mac", c.RuntimeConfig.MAC}, {"args.cni.mac", c.Args.CNI.MAC},
+		{"annotation " + annotationMAC, c.RuntimeConfig.PodAnnotations[annotationMAC]}, {"CNI_ARGS MAC", env.Args["MAC"]},
+	} {
+		if asked.mac == "" {
+			continue
+		}
+		m, err := net.ParseMAC(asked.mac)
+		if err != nil || len(m) != 6 || m[0]&1 == 1 || bytes.Equal(m, make([]byte, 6)) {
+			return nil, fail(codeConfig, "%s: %s is not a unicast Ethernet address", asked.where, quoted(asked.mac))
+		}
+		return m, nil
 	}
-	if s == "" {
-		from, s = "CNI_ARGS MAC", env.Args["MAC"]
-	}
-	if s == "" {
-		return nil, nil
-	}
-	m, err := net.ParseMAC(s)
-	if err != nil || len(m) != 6 || m[0]&1 == 1 || bytes.Equal(m, make([]byte, 6)) {
-		return nil, fail(codeConfig, "%s: %q is not a unicast Ethernet address", from, s)
-	}
-	return m, nil
+	return nil, nil
 }
 
 func (c *Config) labels() map[string]string {

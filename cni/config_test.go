@@ -90,6 +90,8 @@ func FuzzConfig(f *testing.F) {
 		`{"cniVersion":"1.0.0","name":"n","prevResult":{"cniVersion":"1.0.0","interfaces":[{"name":"eth0","sandbox":"/x"}],"ips":[{"address":"10.0.0.1/32","interface":0}]}}`,
 		`{"cniVersion":"0.2.0","name":"n","prevResult":{"ip4":{"ip":"10.0.0.1/24"}}}`,
 		`{"cniVersion":"1.0.0","name":"n","policy":{"unknown":"deny","type":"k8s"}}`,
+		`{"cniVersion":"1.0.0","name":"n","runtimeConfig":{"io.kubernetes.cri.pod-annotations":{"cni.projectcalico.org/ipAddrs":"[\"10.0.0.1\"]","cni.projectcalico.org/hwAddr":"02:00:00:00:00:01"}}}`,
+		`{"cniVersion":"1.0.0","name":"n","runtimeConfig":{"io.kubernetes.cri.pod-annotations":{"cni.projectcalico.org/ipAddrs":"10.0.0.1"}}}`,
 		`{"name":"n"}`, `[]`, `{`, `null`, "\x00",
 	} {
 		f.Add([]byte(s))

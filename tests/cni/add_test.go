@@ -196,6 +196,8 @@ func TestRequested(t *testing.T) {
 			"args":          object{"cni": object{"ips": []string{"10.244.1.2"}, "mac": "02:00:00:00:00:02"}},
 			"runtimeConfig": object{"ips": []string{"10.244.1.3/32"}, "mac": "02:00:00:00:00:03"},
 		}, "10.244.1.3", "02:00:00:00:00:03"},
+		{"IP=10.244.1.1", annotated(`["10.244.1.4"]`, "02:00:00:00:00:04"), "10.244.1.4", "02:00:00:00:00:04"},
+		{"IP=10.244.1.1;MAC=02:00:00:00:00:01", annotated(`[]`, ""), "10.244.1.1", "02:00:00:00:00:01"},
 	} {
 		p := h.pod()
 		p.args, p.conf = c.args, c.conf
@@ -221,6 +223,12 @@ func TestRequested(t *testing.T) {
 		{object{"runtimeConfig": object{"mac": "01:00:5e:00:00:01"}}, 7, "unicast"},
 		{object{"runtimeConfig": object{"mac": "zz"}}, 7, "zz"},
 		{object{"runtimeConfig": object{"mac": "00:00:00:00:00:00"}}, 7, "unicast"},
+		{annotated(`["192.0.2.7"]`, ""), 102, "in no pool"},
+		{annotated(`10.244.1.4`, ""), 7, `annotation cni.projectcalico.org/ipAddrs: "10.244.1.4" is not a JSON list of addresses such as`},
+		{annotated(`{"a":"10.244.1.4"}`, ""), 7, "is not a JSON list of addresses"},
+		{annotated(`["10.244.1"]`, ""), 7, `annotation cni.projectcalico.org/ipAddrs: "10.244.1" is not an address`},
+		{annotated(`[]`, "ff:ff:ff:ff:ff:ff"), 7, `annotation cni.projectcalico.org/hwAddr: "ff:ff:ff:ff:ff:ff" is not a unicast`},
+		{object{"runtimeConfig": object{"io.kubernetes.cri.pod-annotations": []string{"a"}}}, 7, "pod-annotations"},
 		{object{"mtu": 1279}, 7, "1280"},
 	} {
 		p := h.pod()
@@ -233,6 +241,12 @@ func TestRequested(t *testing.T) {
 	b.fails(102, "taken", "ADD")
 	a.del()
 	h.clean()
+}
+
+// annotated is a pod's annotations as a CRI hands them on.
+func annotated(ips, mac string) object {
+	return object{"runtimeConfig": object{"io.kubernetes.cri.pod-annotations": object{
+		"cni.projectcalico.org/ipAddrs": ips, "cni.projectcalico.org/hwAddr": mac, "other": "x"}}}
 }
 
 // TestNetns: what CNI_NETNS and CNI_IFNAME may not be.
