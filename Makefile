@@ -26,6 +26,7 @@ generate: ## compile the eBPF programs and all that follows from them (needs cla
 test: build ## install what the tests need (Debian) and run every test; needs root
 	./.ci/packages
 	./.ci/kernels
+	./.ci/nerdctl
 	CARACAL_BIN_DIR=$(CURDIR)/bin CARACAL_NO_SKIPS=1 $(GO) test -count=1 -timeout 20m ./...
 
 demo: build ## show pods on one simulated host, then on three and outside; needs Go, root and Linux 6.1
