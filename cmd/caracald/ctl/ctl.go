@@ -110,6 +110,7 @@ Reading commands change nothing. Exit code 0: done; 1: an error, or a check foun
 		newApplyCommand(g),
 		newGetCommand(g),
 		newDeleteCommand(g),
+		newImportCalicoCommand(g),
 		newDoctorCommand(g),
 		newValidateCommand(g),
 		newVersionCommand(g),

@@ -80,8 +80,19 @@ func fileFlag(cmd *cobra.Command, file *string) {
 }
 
 func readManifest(cmd *cobra.Command, file string) ([]api.Resource, error) {
-	var data []byte
-	var err error
+	data, err := readFile(cmd, file)
+	if err != nil {
+		return nil, err
+	}
+	all, err := manifest.Parse(data)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
+	}
+	return all, nil
+}
+
+// readFile reads what -f names.
+func readFile(cmd *cobra.Command, file string) (data []byte, err error) {
 	switch file {
 	case "":
 		return nil, usagef("say which file (-f FILE, or -f - for stdin)")
@@ -93,11 +104,7 @@ func readManifest(cmd *cobra.Command, file string) ([]api.Resource, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read resources: %w", err)
 	}
-	all, err := manifest.Parse(data)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", file, err)
-	}
-	return all, nil
+	return data, nil
 }
 
 // apply writes a resource and says what that did. What an agent wrote of its own into a node's stays.
