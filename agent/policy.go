@@ -582,7 +582,9 @@ func (s *policies) handle(mux *http.ServeMux) {
 			http.Error(w, "an endpoint of node.db is expected: "+err.Error(), http.StatusBadRequest)
 			return
 		}
+		begin := time.Now()
 		ids, err := s.ask(r.Context(), pod)
+		s.a.traced(r, "policy of a new pod", begin, err, "endpoint", pod.Key.String())
 		if errors.Is(err, errNotKept) {
 			panic(http.ErrAbortHandler) // no answer: ADD takes it that there is no agent, and keeps policy itself
 		}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"net"
 	"net/http"
@@ -16,6 +17,7 @@ import (
 	"time"
 
 	"github.com/caracal-net/caracal/bgp"
+	"github.com/caracal-net/caracal/internal/trace"
 )
 
 // Status is what an agent says of itself, on its socket at /v1/status.
@@ -60,7 +62,7 @@ func (a *Agent) serve(ctx context.Context) (stop func(), err error) {
 		}
 	}
 	start := func(l net.Listener, h http.Handler) {
-		s := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second}
+		s := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, ErrorLog: slog.NewLogLogger(a.Log.Handler(), slog.LevelDebug)}
 		servers = append(servers, s)
 		go func() { _ = s.Serve(l) }() // ends when it is closed
 	}
@@ -93,6 +95,23 @@ func (a *Agent) serve(ctx context.Context) (stop func(), err error) {
 		start(l, at.handler)
 	}
 	return stop, nil
+}
+
+// traced logs what was done for a request since begin: that is of interest to whoever follows the trace that it belongs to.
+func (a *Agent) traced(r *http.Request, done string, begin time.Time, failed error, attrs ...any) {
+	attrs = append(attrs, "duration_ms", float64(time.Since(begin).Microseconds())/1000)
+	if failed != nil {
+		attrs = append(attrs, "error", failed)
+	}
+	caller, err := trace.Read(r.Header.Get)
+	if err != nil {
+		a.Log.Debug("a request's trace context is left out", "error", err)
+	}
+	level := slog.LevelDebug
+	if caller.TraceID != "" {
+		level = slog.LevelInfo
+	}
+	a.Log.Log(r.Context(), level, done, append(attrs, caller.Child().LogAttrs()...)...)
 }
 
 // listenUnix listens on a socket that only root may use, in place of one that a killed agent left.

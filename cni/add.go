@@ -300,7 +300,7 @@ func (a *adding) predecessors(tx *node.Tx) ([]node.Endpoint, error) {
 
 func (a *adding) removeAll(ctx context.Context, old []node.Endpoint) error {
 	for _, e := range old {
-		a.log.Info("remove predecessor", "endpoint", e.Key.String(), "interface", e.HostIfName)
+		a.log.Debug("remove predecessor", "endpoint", e.Key.String(), "interface", e.HostIfName)
 		if err := a.teardown(ctx, a.c, e.Key); err != nil {
 			return err
 		}
@@ -419,6 +419,7 @@ func (a *adding) recordOnce(ctx context.Context) (old []node.Endpoint, err error
 		if !a.c.ownIPAM() {
 			a.record.IPAM = a.c.IPAM.Type
 		}
+		a.about = a.record
 		a.recorded = true // whatever becomes of the transaction
 		return tx.PutEndpoint(a.record)
 	})

@@ -35,15 +35,21 @@ const maxAnswer = 64 << 10 // bytes
 // ask posts a value as JSON to the agent on a socket and waits for its consent. It speaks HTTP/1.0 itself (RFC 1945): net/http
 // would make each start of the plugin longer.
 //
+// headers are more of the request's.
+//
 // Errors: errNoAgent, errSilent, errRefused (status 409), or what else the agent objects.
-func ask(ctx context.Context, socket, path string, value any, wait time.Duration) error {
+func ask(ctx context.Context, socket, path string, headers map[string]string, value any, wait time.Duration) error {
 	body, err := json.Marshal(value)
 	if err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
-	answer, err := exchange(ctx, socket, fmt.Appendf(nil, "POST %s HTTP/1.0\r\nHost: agent\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", path, len(body), body))
+	request := fmt.Appendf(nil, "POST %s HTTP/1.0\r\nHost: agent\r\nContent-Type: application/json\r\nContent-Length: %d\r\n", path, len(body))
+	for name, v := range headers {
+		request = fmt.Appendf(request, "%s: %s\r\n", name, v)
+	}
+	answer, err := exchange(ctx, socket, append(append(request, "\r\n"...), body...))
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ECONNREFUSED), errors.Is(err, unix.ECONNRESET), errors.Is(err, unix.EPIPE), errors.Is(err, io.ErrUnexpectedEOF):
 		return fmt.Errorf("%s: %w", socket, errNoAgent)

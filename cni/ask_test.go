@@ -16,7 +16,7 @@ import (
 func TestAsk(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "agent.sock")
 	say := func(value any, wait time.Duration) error {
-		return ask(context.Background(), socket, "/say", value, wait)
+		return ask(context.Background(), socket, "/say", nil, value, wait)
 	}
 	if err := say(1, time.Minute); !errors.Is(err, errNoAgent) {
 		t.Errorf("without a socket: %v", err)
@@ -56,7 +56,7 @@ func TestAsk(t *testing.T) {
 	if err := say("no", time.Minute); !errors.Is(err, errRefused) || err.Error() != `the agent refuses: not "no"` {
 		t.Errorf("%v", err)
 	}
-	if err := ask(context.Background(), socket, "/other", 1, time.Minute); err == nil || !strings.Contains(err.Error(), "404") {
+	if err := ask(context.Background(), socket, "/other", nil, 1, time.Minute); err == nil || !strings.Contains(err.Error(), "404") {
 		t.Errorf("at a place that is not there: %v", err)
 	}
 	s.Close()

@@ -31,6 +31,7 @@ func (p *Plugin) check(ctx context.Context, env *Env, c *Config) error {
 		return fail(codeConfig, "CHECK needs prevResult, what ADD answered")
 	}
 	e, err := p.checkRecord(ctx, env, c)
+	p.about = e
 	if err != nil {
 		return err
 	}

@@ -44,6 +44,7 @@ type Config struct {
 	IPMasq          truth           `json:"ipMasq"`   // true: what leaves all pools gets the host's address
 	NodeName        string          `json:"nodename"` // Calico's
 	LogLevel        string          `json:"log_level"`
+	LogFormat       string          `json:"log_format"` // text or json
 	LogFilePath     string          `json:"log_file_path"`
 	LogFileMaxSize  int             `json:"log_file_max_size"` // MB
 	LogFileMaxAge   int             `json:"log_file_max_age"`  // days
@@ -187,7 +188,7 @@ func ParseConfig(data []byte) (*Config, error) {
 	if strings.Contains(filepath.Base(c.BPFFSDir), ".") {
 		return nil, fail(codeConfig, "bpffs_dir %q: a bpf file system takes no names with a '.'", c.BPFFSDir)
 	}
-	if _, err := c.level(); err != nil {
+	if _, err := c.logging(func(string) string { return "" }); err != nil {
 		return nil, err
 	}
 	if err := c.Policy.check(); err != nil {

@@ -57,6 +57,7 @@ func (p *Plugin) teardownOnce(ctx context.Context, c *Config, key node.Key) (aga
 	if err != nil {
 		return false, err
 	}
+	p.about = e
 	if err := p.step("unlink"); err != nil {
 		return false, err
 	}

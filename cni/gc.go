@@ -38,11 +38,14 @@ func (p *Plugin) gc(ctx context.Context, env *Env, c *Config) error {
 	dead, err := p.stale(ctx, c, valid, true)
 	errs := []error{err}
 	for _, k := range dead {
-		p.log.Info("collect", "endpoint", k.String())
+		p.log.Debug("collect", "endpoint", k.String())
 		if err := p.teardown(ctx, c, k); err != nil {
 			errs = append(errs, fmt.Errorf("remove %s: %w", k, err))
+			continue
 		}
+		p.swept++
 	}
+	p.about = node.Endpoint{} // of many
 	errs = append(errs, p.releaseStale(ctx, c, valid), p.sweepPins(ctx, c))
 	if !c.ownIPAM() {
 		if err := invoke.DelegateGC(ctx, c.IPAM.Type, c.raw, p.delegate()); err != nil {

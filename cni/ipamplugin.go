@@ -63,6 +63,7 @@ func (p *Plugin) ipamAdd(ctx context.Context, env *Env, c *Config) (any, error) 
 			return err
 		}
 		addrs, err := ipam.Assign(tx, cfg, ipam.Request{Key: env.key(c), Want: want, V4: v4, V6: v6})
+		p.about.Addrs = addrs
 		for _, a := range addrs {
 			ip := &types100.IPConfig{}
 			for pool, gw := range gateways {
@@ -145,6 +146,9 @@ func (p *Plugin) ipamDel(ctx context.Context, env *Env, c *Config) error {
 	held, err := p.held(ctx, env, c)
 	if err != nil || len(held) == 0 {
 		return err
+	}
+	for _, h := range held {
+		p.about.Addrs = append(p.about.Addrs, h.Addr)
 	}
 	return p.update(ctx, c, func(tx *node.Tx) error {
 		_, err := ipam.Release(tx, env.key(c))

@@ -3,19 +3,21 @@
 package cni
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
 	"io"
 	"log/slog"
 	"os"
-	"strings"
+	"path/filepath"
 	"time"
 
 	"github.com/containernetworking/cni/pkg/invoke"
 	"github.com/containernetworking/cni/pkg/version"
-	"gopkg.in/natefinch/lumberjack.v2"
 
+	"github.com/caracal-net/caracal/internal/logs"
+	"github.com/caracal-net/caracal/internal/trace"
 	"github.com/caracal-net/caracal/node"
 )
 
@@ -31,7 +33,10 @@ type Plugin struct {
 	// later process would have done is done at once or left to the next.
 	Spawn func(args ...string) error
 
-	log *slog.Logger
+	log   *slog.Logger
+	trace trace.Context // our span of the runtime's trace
+	about node.Endpoint // what the command turned out to be about, for its line in the log
+	swept int           // how many attachments GC removed
 }
 
 // Main runs the command that the environment names and returns the process's exit status. The error, if there is
@@ -42,7 +47,7 @@ func (p *Plugin) Main(ctx context.Context) int { return p.main(ctx, p.run) }
 func (p *Plugin) IPAMMain(ctx context.Context) int { return p.main(ctx, p.runIPAM) }
 
 func (p *Plugin) main(ctx context.Context, run func(context.Context, *Env, *Config) (any, error)) int {
-	p.log = slog.New(slog.NewTextHandler(p.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
+	p.log = logs.New(logs.Config{Stderr: p.Stderr})
 	answer, spoken, err := p.dispatch(ctx, run)
 	if err != nil {
 		e := *asError(err)
@@ -80,7 +85,7 @@ func (p *Plugin) dispatch(ctx context.Context, run func(context.Context, *Env, *
 	}
 	env, err := ParseEnv(p.Getenv)
 	if err != nil {
-		return nil, spokenVersion(data), err
+		return nil, spokenVersion(data), p.done(env, &Config{}, time.Now(), err)
 	}
 	if env.Command == "VERSION" {
 		return versions(data)
@@ -91,7 +96,7 @@ func (p *Plugin) dispatch(ctx context.Context, run func(context.Context, *Env, *
 	}
 	c, err := parse(data)
 	if err != nil {
-		return nil, spokenVersion(data), err
+		return nil, spokenVersion(data), p.done(env, &Config{}, time.Now(), err)
 	}
 	spoken := c.CNIVersion
 	if minimum := map[string]string{"CHECK": "0.4.0", "GC": "1.1.0", "STATUS": "1.1.0"}[env.Command]; minimum != "" && !c.atLeast(minimum) {
@@ -100,14 +105,35 @@ func (p *Plugin) dispatch(ctx context.Context, run func(context.Context, *Env, *
 	p.openLog(c)
 	begin := time.Now()
 	answer, err := run(ctx, env, c)
-	log := p.log.With("command", env.Command, "network", c.Name, "container", env.ContainerID, "interface", env.IfName,
-		"duration", time.Since(begin).Round(time.Microsecond))
-	if err != nil {
-		log.Error("failed", "error", err)
-	} else {
-		log.Info("done")
+	return answer, spoken, p.done(env, c, begin, err)
+}
+
+// done writes the one line that every command has in the log, and returns its error.
+func (p *Plugin) done(env *Env, c *Config, begin time.Time, err error) error {
+	attrs := []any{"command", env.Command}
+	add := func(name, value string) {
+		if value != "" {
+			attrs = append(attrs, name, value)
+		}
 	}
-	return answer, spoken, err
+	e := p.about
+	add("network", c.Name)
+	add("container", env.ContainerID)
+	add("interface", env.IfName)
+	add("namespace", cmp.Or(e.PodNamespace, env.Args["K8S_POD_NAMESPACE"]))
+	add("pod", cmp.Or(e.PodName, env.Args["K8S_POD_NAME"]))
+	add("host_interface", e.HostIfName)
+	add("addresses", joinAddrs(e.Addrs))
+	if env.Command == "GC" {
+		attrs = append(attrs, "removed", p.swept)
+	}
+	attrs = append(attrs, "duration_ms", float64(time.Since(begin).Microseconds())/1000)
+	if err != nil {
+		p.log.Error("failed", append(attrs, "code", asError(err).Code, "error", err)...)
+	} else {
+		p.log.Info("done", attrs...)
+	}
+	return err
 }
 
 func (p *Plugin) run(ctx context.Context, env *Env, c *Config) (any, error) {
@@ -155,33 +181,48 @@ func versions(data []byte) (any, string, error) {
 	}{q.CNIVersion, Versions.SupportedVersions()}, q.CNIVersion, nil
 }
 
-// logLevels are Calico's words for them.
-var logLevels = map[string]slog.Level{
-	"debug": slog.LevelDebug, "info": slog.LevelInfo, "warning": slog.LevelWarn, "warn": slog.LevelWarn,
-	"error": slog.LevelError, "fatal": slog.LevelError, "none": slog.LevelError,
+// logging is how the configuration, and CARACAL_LOG_FORMAT where it does not say, want the log. The error names the key; what
+// is wrong counts as not said, because DEL goes on with it.
+func (c *Config) logging(getenv func(string) string) (logs.Config, error) {
+	l := logs.Config{Path: c.LogFilePath, MaxSize: c.LogFileMaxSize, MaxAge: c.LogFileMaxAge, MaxCount: c.LogFileMaxCount}
+	var levelErr, formErr, pathErr error
+	if l.Level, levelErr = logs.ParseLevel(c.LogLevel); levelErr != nil {
+		levelErr = fmt.Errorf("log_level %q: %w", c.LogLevel, levelErr)
+	}
+	if l.Format, formErr = logs.ParseFormat(c.LogFormat); formErr != nil {
+		formErr = fmt.Errorf("log_format %q: %w", c.LogFormat, formErr)
+	} else if c.LogFormat == "" {
+		l.Format, _ = logs.ParseFormat(getenv(FormatVariable))
+	}
+	if l.Path != "" && !filepath.IsAbs(l.Path) {
+		pathErr = fmt.Errorf("log_file_path %q: not an absolute path", l.Path)
+		l.Path = ""
+	}
+	sizeErr := l.Check("log_file_max_size", "log_file_max_age", "log_file_max_count")
+	if sizeErr != nil {
+		l.MaxSize, l.MaxAge, l.MaxCount = 0, 0, 0
+	}
+	for _, err := range []error{levelErr, formErr, pathErr, sizeErr} {
+		if err != nil {
+			return l, fail(codeConfig, "%s", err)
+		}
+	}
+	return l, nil
 }
 
-// level is what is logged from; of an unknown word, which only DEL goes on with, slog.LevelInfo.
-func (c *Config) level() (slog.Level, error) {
-	if c.LogLevel == "" {
-		return slog.LevelInfo, nil
-	}
-	level, ok := logLevels[strings.ToLower(c.LogLevel)]
-	if !ok {
-		return slog.LevelInfo, fail(codeConfig, "log_level %q: none of debug, info, warning, error", c.LogLevel)
-	}
-	return level, nil
-}
+// FormatVariable is the environment variable that says how logs are written, text or json, where nothing else does.
+const FormatVariable = "CARACAL_LOG_FORMAT"
 
 func (p *Plugin) openLog(c *Config) {
-	level, _ := c.level()
-	to := p.Stderr
-	if c.LogFilePath != "" {
-		to = io.MultiWriter(to, &lumberjack.Logger{
-			Filename: c.LogFilePath, MaxSize: c.LogFileMaxSize, MaxAge: c.LogFileMaxAge, MaxBackups: c.LogFileMaxCount,
-		})
+	l, _ := c.logging(p.Getenv)
+	l.Stderr = p.Stderr
+	p.log = logs.New(l)
+	caller, err := trace.Read(trace.Env(p.Getenv))
+	p.trace = caller.Child()
+	p.log = p.log.With(p.trace.LogAttrs()...)
+	if err != nil {
+		p.log.Debug("the runtime's trace context is left out", "error", err)
 	}
-	p.log = slog.New(slog.NewTextHandler(to, &slog.HandlerOptions{Level: level}))
 }
 
 func (p *Plugin) step(name string) error {
@@ -195,7 +236,18 @@ func (c *Config) nodeOptions() node.Options { return node.Options{BootIDFile: c.
 
 // delegate runs foreign plugins. Their stderr is ours.
 func (p *Plugin) delegate() invoke.Exec {
-	return &invoke.DefaultExec{RawExec: &invoke.RawExec{Stderr: p.Stderr}, PluginDecoder: version.PluginDecoder{}}
+	return &delegate{invoke.DefaultExec{RawExec: &invoke.RawExec{Stderr: p.Stderr}, PluginDecoder: version.PluginDecoder{}}, p.trace}
+}
+
+// delegate gives foreign plugins a place in the runtime's trace below ours.
+type delegate struct {
+	invoke.DefaultExec
+	trace trace.Context
+}
+
+// ExecPlugin is libcni's.
+func (d *delegate) ExecPlugin(ctx context.Context, path string, stdin []byte, environ []string) ([]byte, error) {
+	return d.DefaultExec.ExecPlugin(ctx, path, stdin, d.trace.Environ(environ))
 }
 
 // uninterrupted is how long a command may go on cleaning up when its own context has ended.

@@ -99,7 +99,7 @@ func (a *adding) findPolicy(ctx context.Context) error {
 		if !errors.Is(err, enforce.ErrHeld) {
 			return err
 		}
-		if err := ask(ctx, a.c.AgentSocket, "/v1/policy/endpoint", a.record, agentPatience); !errors.Is(err, errNoAgent) || time.Now().After(deadline) {
+		if err := ask(ctx, a.c.AgentSocket, "/v1/policy/endpoint", a.trace.Values(), a.record, agentPatience); !errors.Is(err, errNoAgent) || time.Now().After(deadline) {
 			return err
 		}
 		// Another ADD, or an agent that begins or has just ended. An ADD does it for all pods that are recorded.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"net/netip"
 	"os"
 	"runtime/debug"
@@ -23,7 +22,8 @@ import (
 // runAgent runs the node's agent until ctx ends.
 func runAgent(ctx context.Context, args []string) int {
 	c := agent.Config{Step: fault.Step}
-	var config, level string
+	var config string
+	var log logFlags
 	var ip4, ip6, ports string
 	var labels []string
 	cmd := &cobra.Command{
@@ -42,12 +42,8 @@ neither the store is a file of this machine alone.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			var l slog.Level
-			if err := l.UnmarshalText([]byte(level)); err != nil {
-				return fmt.Errorf("--log-level %q: debug, info, warn or error", level)
-			}
-			c.Log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: l}))
-			var err4, err6 error
+			var errLog, err4, err6 error
+			c.Log, errLog = log.logger()
 			c.IPv4, err4 = hostPrefix("--ip", ip4)
 			c.IPv6, err6 = hostPrefix("--ip6", ip6)
 			var errLabels, errPorts error
@@ -59,7 +55,7 @@ neither the store is a file of this machine alone.`,
 			if c.VXLANPort < 1 || c.VXLANPort > 65535 || c.VXLANVNI < 1 || c.VXLANVNI >= 1<<24 {
 				errVXLAN = fmt.Errorf("--vxlan-port %d, --vxlan-vni %d: a port, and a number of 24 bits", c.VXLANPort, c.VXLANVNI)
 			}
-			if err := errors.Join(err4, err6, errLabels, errPorts, errVXLAN); err != nil {
+			if err := errors.Join(errLog, err4, err6, errLabels, errPorts, errVXLAN); err != nil {
 				return err
 			}
 			s, err := ctl.OpenStore(cmd.Context(), config, c.StateDir)
@@ -88,7 +84,7 @@ neither the store is a file of this machine alone.`,
 	f.StringVar(&c.Socket, "socket", ctl.FromEnv("CARACAL_SOCKET", cni.DefaultSocket), "`SOCKET` on which caracalctl asks (env CARACAL_SOCKET)")
 	f.StringVar(&c.Health, "health", "127.0.0.1:9099", "`ADDRESS` of /health, /liveness and /readiness; empty: nowhere")
 	f.StringVar(&c.Metrics, "metrics", "127.0.0.1:9091", "`ADDRESS` of /metrics; empty: nowhere")
-	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
+	log.add(f)
 	cmd.SetArgs(args)
 	if err := cmd.ExecuteContext(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, "caracald:", err)
