@@ -22,6 +22,7 @@ require (
 	google.golang.org/grpc v1.79.3
 	google.golang.org/protobuf v1.36.11
 	gopkg.in/yaml.v3 v3.0.1
+	k8s.io/cri-api v0.28.4
 	sigs.k8s.io/yaml v1.6.0
 )
 

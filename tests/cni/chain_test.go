@@ -260,50 +260,6 @@ func TestPortmap(t *testing.T) {
 	eventually(t, "nothing is left", h.leftovers)
 }
 
-// stream sends bytes from one pod to another and returns how long that took.
-func stream(t testing.TB, from, to *pod, bytes int) time.Duration {
-	t.Helper()
-	var l net.Listener
-	must(t, netns.Do(to.netns, func() (err error) {
-		l, err = net.Listen("tcp4", "0.0.0.0:0")
-		return err
-	}))
-	defer l.Close()
-	done := make(chan error, 1)
-	go func() {
-		c, err := l.Accept()
-		if err == nil {
-			var n int64
-			n, err = io.Copy(io.Discard, c)
-			c.Close()
-			if err == nil && n != int64(bytes) {
-				err = fmt.Errorf("%d bytes of %d", n, bytes)
-			}
-		}
-		done <- err
-	}()
-	var fd int
-	must(t, netns.Do(from.netns, func() (err error) {
-		if fd, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0); err != nil {
-			return err
-		}
-		return unix.Connect(fd, &unix.SockaddrInet4{Addr: to.addr(false).As4(), Port: l.Addr().(*net.TCPAddr).Port})
-	}))
-	begin := time.Now()
-	block := make([]byte, 64<<10)
-	for left := bytes; left > 0; {
-		n, err := unix.Write(fd, block[:min(left, len(block))])
-		if err != nil {
-			unix.Close(fd)
-			t.Fatal(err)
-		}
-		left -= n
-	}
-	unix.Close(fd)
-	must(t, <-done)
-	return time.Since(begin)
-}
-
 func (p *pod) mapped() caracal.Pod {
 	p.h.t.Helper()
 	m, err := caracal.Open(p.h.pins())
@@ -342,19 +298,22 @@ func TestBandwidth(t *testing.T) {
 	if !shaped.mapped().Shaped || a.mapped().Shaped {
 		t.Errorf("shaped %t, other %t", shaped.mapped().Shaped, a.mapped().Shaped)
 	}
+	stream := func(from, to *pod) time.Duration {
+		return testenv.Stream(t, from.netns, to.netns, to.addr(false), bytes)
+	}
 	// A lower bound of the time: what noise can only make longer.
 	least := time.Duration(float64(bytes*8-1000000-64*8*1024) / rate * 0.9 * float64(time.Second))
 	for _, c := range []struct {
 		from, to *pod
 		name     string
 	}{{shaped, a, "out of the pod"}, {a, shaped, "into the pod"}} {
-		took := stream(t, c.from, c.to, bytes)
+		took := stream(c.from, c.to)
 		t.Logf("%s: %.1f Mbit/s", c.name, bytes*8/took.Seconds()/1e6)
 		if took < least {
 			t.Errorf("%s: %s, shaped it takes %s at least", c.name, took, least)
 		}
 	}
-	t.Logf("unshaped: %.0f Mbit/s", bytes*8/stream(t, a, b, bytes).Seconds()/1e6)
+	t.Logf("unshaped: %.0f Mbit/s", bytes*8/stream(a, b).Seconds()/1e6)
 	if a.mapped().Shaped || !shaped.mapped().Shaped {
 		t.Error("shaping changed")
 	}
