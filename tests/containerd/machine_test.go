@@ -247,12 +247,12 @@ func (p *pod) remove() {
 	must(p.m.t, p.m.cri.Remove(p.m.t.Context(), p.id))
 }
 
-// netns is the path of the pod's network namespace.
+// netns is the path of the pod's network namespace on the machine.
 func (p *pod) netns() string {
 	p.m.t.Helper()
 	for _, r := range p.m.recorded() {
 		if r.ContainerID == p.id {
-			return r.Netns
+			return strings.TrimPrefix(r.Netns, "/var") // /var/run is a link to /run, which Path would look for outside
 		}
 	}
 	p.m.t.Fatalf("caracalctl pods does not know %s", p.name())
