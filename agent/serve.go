@@ -20,6 +20,9 @@ import (
 	"github.com/caracal-net/caracal/internal/trace"
 )
 
+// ServerName is what the health address calls itself, so that others can tell it from another program on its port.
+const ServerName = "caracald"
+
 // Status is what an agent says of itself, on its socket at /v1/status.
 type Status struct {
 	Node     string           `json:"node"`
@@ -158,7 +161,10 @@ func (a *Agent) health() http.Handler {
 	}
 	mux.HandleFunc("GET /readiness", ready)
 	mux.HandleFunc("GET /health", ready)
-	return mux
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Server", ServerName)
+		mux.ServeHTTP(w, r)
+	})
 }
 
 // metrics writes what Prometheus reads (text format 0.0.4).

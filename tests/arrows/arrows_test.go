@@ -18,6 +18,7 @@ const module = "github.com/caracal-net/caracal"
 var may = map[string][]string{
 	"bpf":     {},
 	"api":     {},
+	"deploy":  {},
 	"maps":    {"bpf"},
 	"loader":  {"bpf"},
 	"node":    {"api"},

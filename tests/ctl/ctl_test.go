@@ -74,7 +74,7 @@ func TestScripts(t *testing.T) {
 					e.Values[runKey{}] = &run{t: t, host: h, ctl: ctl}
 					for k, v := range map[string]string{
 						"STATE": h.StateDir(), "BPFFS": h.BPFDir(), "CACHE": h.CacheDir(), "NET": h.Lab().Name,
-						"CARACAL_BOOT_ID_FILE": h.BootIDFile(), "PATH": e.Getenv("PATH") + ":/usr/sbin:/sbin",
+						"CARACAL_BOOT_ID_FILE": h.BootIDFile(), "CNI_BIN_DIR": e.WorkDir + "/bin", "CNI_NET_DIR": e.WorkDir + "/net.d", "PATH": e.Getenv("PATH") + ":/usr/sbin:/sbin",
 					} {
 						e.Setenv(k, v)
 					}

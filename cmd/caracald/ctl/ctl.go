@@ -114,6 +114,8 @@ Reading commands change nothing. Exit code 0: done; 1: an error, or a check foun
 		newDoctorCommand(g),
 		newValidateCommand(g),
 		newVersionCommand(g),
+		newInstallCommand(g),
+		newHealthCommand(g),
 		newUpgradeCommand(g),
 		newUninstallCommand(g),
 	)

@@ -24,6 +24,15 @@ func (g *globals) withStore(ctx context.Context, fn func(store.Store) error) err
 // OpenStore opens the store that the environment or a file names; where neither does, the one of this machine alone, in
 // its state directory.
 func OpenStore(ctx context.Context, file, stateDir string) (store.Store, error) {
+	c, err := storeConfig(file, stateDir)
+	if err != nil {
+		return nil, err
+	}
+	return config.Open(ctx, c)
+}
+
+// storeConfig is which store OpenStore opens.
+func storeConfig(file, stateDir string) (config.Config, error) {
 	if file == "" {
 		for _, f := range []string{DefaultConfigFile, config.CalicoFile} {
 			if _, err := os.Stat(f); err == nil {
@@ -33,11 +42,8 @@ func OpenStore(ctx context.Context, file, stateDir string) (store.Store, error) 
 		}
 	}
 	c, err := config.Parse(os.Getenv, file)
-	if err != nil {
-		return nil, err
-	}
-	if os.Getenv(config.Variable) == "" {
+	if err == nil && os.Getenv(config.Variable) == "" {
 		c.Dir = stateDir
 	}
-	return config.Open(ctx, c)
+	return c, err
 }

@@ -17,6 +17,7 @@ import (
 
 	"github.com/caracal-net/caracal/bpf"
 	"github.com/caracal-net/caracal/cni"
+	"github.com/caracal-net/caracal/internal/atomicfile"
 	"github.com/caracal-net/caracal/internal/fib"
 	"github.com/caracal-net/caracal/internal/nl"
 	"github.com/caracal-net/caracal/loader"
@@ -32,7 +33,7 @@ var stateFiles = []string{
 
 // removal is one thing that uninstall removed, or would.
 type removal struct {
-	Kind string `json:"kind"` // pod, interface, route, pins, sysctl, file, directory
+	Kind string `json:"kind"` // pod, interface, route, pins, sysctl, file, directory, network, plugin, agent, unit
 	Name string `json:"name"`
 }
 
@@ -48,24 +49,30 @@ func newUninstallCommand(g *globals) *cobra.Command {
 		Use:   "uninstall",
 		Short: "Remove everything that Caracal has made on this node",
 		Long: `uninstall removes what Caracal has made on this node: the pods' interfaces, kernel routes, pinned programs, links and
-maps, and the state directory's files; and it puts the recorded sysctls back. It refuses while pods are attached, unless
---force is given: they lose their network. What is gone already is no error, so it can be repeated.
+maps, and the state directory's files; and it puts the recorded sysctls back. Of what install has put in place it removes the
+network first, so that runtimes start no more pods with it, and the plugins, the agent and its unit last. A file of one of
+these names that is not Caracal's stays, and is named. Log files, /etc/caracal and what the datastore holds stay.
 
-Binaries, CNI configurations and log files stay: they are whoever's installed or configured them.`,
+It refuses while pods are attached (they would lose their network) or an agent runs (it would make all again), unless --force is
+given. What is gone already is no error, so it can be repeated.`,
 		Example: `  caracalctl uninstall --dry-run
   caracalctl uninstall
   caracalctl uninstall --force`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return o.run(cmd) },
 	}
-	cmd.Flags().BoolVar(&o.force, "force", false, "also while pods are attached, or when node.db can't be read")
+	cmd.Flags().BoolVar(&o.force, "force", false, "also while pods are attached or an agent runs, or when node.db can't be read")
+	cmd.Flags().StringVar(&o.binDir, "bin-dir", FromEnv("CNI_BIN_DIR", defaultBinDir), "`DIR` that holds the plugins (env CNI_BIN_DIR)")
+	cmd.Flags().StringVar(&o.confDir, "conf-dir", FromEnv("CNI_NET_DIR", defaultConfDir), "`DIR` that holds the network (env CNI_NET_DIR)")
+	cmd.Flags().StringVar(&o.confName, "conf-name", FromEnv("CNI_CONF_NAME", defaultConfName), "`NAME` of the network's file (env CNI_CONF_NAME)")
 	cmd.Flags().BoolVar(&o.dryRun, "dry-run", false, "only say what would be removed")
 	return cmd
 }
 
 type uninstallOptions struct {
 	*globals
-	force, dryRun bool
+	force, dryRun             bool
+	binDir, confDir, confName string
 
 	pods    []node.Endpoint
 	sysctls []string
@@ -139,6 +146,9 @@ func (o *uninstallOptions) plan(cmd *cobra.Command) error {
 	if err := o.atHome(); err != nil {
 		return err
 	}
+	if _, err := agentStatus(cmd.Context(), o.socket); err == nil && !o.force && !o.dryRun {
+		return errors.New("an agent runs here, which would make it all again: stop it first (systemctl disable --now caracald), or use --force")
+	}
 	if len(o.pods) > 0 && !o.force && !o.dryRun {
 		names := make([]string, 0, 4)
 		for _, e := range o.pods {
@@ -202,6 +212,10 @@ func (o *uninstallOptions) ownPins() error {
 
 // remove goes on after an error and returns all, but keeps the records while anything that they name may be left.
 func (o *uninstallOptions) remove(cmd *cobra.Command) error {
+	installed := o.installed()
+	if err := o.removeFiles(cmd, installed, "network"); err != nil {
+		return err
+	}
 	errs := []error{o.removePods(cmd), o.removeStrays(), o.removeTunnel()}
 	errs = append(errs, o.removeRoutes())
 	if err := errors.Join(errs...); err != nil {
@@ -218,7 +232,74 @@ func (o *uninstallOptions) remove(cmd *cobra.Command) error {
 	if err := o.removePins(); err != nil {
 		return err
 	}
-	return o.removeState(cmd)
+	if err := o.removeState(cmd); err != nil {
+		return err
+	}
+	return o.removeFiles(cmd, installed, "plugin", "unit", "agent")
+}
+
+// installed are the files that install may have put in place: links before what they link to.
+func (o *uninstallOptions) installed() []item {
+	all := []item{{Kind: "network", Name: filepath.Join(o.confDir, o.confName)}}
+	for _, name := range append(slices.Clone(calicoNames), "caracal-ipam", "caracal") {
+		all = append(all, item{Kind: "plugin", Name: filepath.Join(o.binDir, name)})
+	}
+	if ownUnit(unitFile) { // else whoever put the agent there has other plans with it
+		all = append(all, item{Kind: "unit", Name: unitFile})
+		for _, name := range []string{"caracalctl", "caracald"} {
+			all = append(all, item{Kind: "agent", Name: filepath.Join(agentDir, name)})
+		}
+	}
+	// Now, while the plugins are there to tell whose a network of Calico's is.
+	for n := range all {
+		if _, err := os.Lstat(all[n].Name); err == nil && !ours(all[n], o.binDir) {
+			all[n].Done = doneKept
+		}
+	}
+	return all
+}
+
+// removeFiles removes what install has put in place, of some kinds.
+func (o *uninstallOptions) removeFiles(cmd *cobra.Command, files []item, kinds ...string) error {
+	for _, i := range files {
+		if !slices.Contains(kinds, i.Kind) {
+			continue
+		}
+		if _, err := os.Lstat(i.Name); errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if i.Done == doneKept {
+			warn(cmd, "%s stays: it is not Caracal's", i.Name)
+			continue
+		}
+		if !o.dryRun {
+			if err := os.Remove(i.Name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return fmt.Errorf("remove what was installed: %w", err)
+			}
+		}
+		o.did(i.Kind, i.Name)
+	}
+	if !o.dryRun {
+		return o.sweep()
+	}
+	return nil
+}
+
+// sweep removes what an install that was killed has left.
+func (o *uninstallOptions) sweep() error {
+	for _, dir := range []string{o.confDir, o.binDir} {
+		d, err := atomicfile.Open(dir)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err == nil {
+			err = d.Close()
+		}
+		if err != nil {
+			return fmt.Errorf("remove what was installed: %w", err)
+		}
+	}
+	return nil
 }
 
 // alone takes the node lock and makes sure that no pod came meanwhile. An ADD that has not recorded its pod yet fails
