@@ -18,7 +18,7 @@ import (
 
 // Machine is a host as a computer of its own, for what insists on default paths: container runtimes, units, installers. Beside
 // its network it has its own processes, host name, boot id, control groups and bpf file system, and of the file system these
-// places: /run, /tmp, /var, /opt, /usr/local/bin, empty at first, and /etc, a copy without the networks that are configured on the
+// places: /run, /tmp, /dev/shm, /var, /opt, /usr/local/bin, empty at first, and /etc, a copy without the networks configured on the
 // real machine. Everything else, programs above all, is the real machine's. What lies beside Config.Caracal is
 // in /root/caracal too, to read.
 //

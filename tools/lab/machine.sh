@@ -50,6 +50,7 @@ done
 mount -t bpf bpf /sys/fs/bpf
 exec 3>"$UP" # on the real machine's /run, which is about to be hidden
 mount -t tmpfs -o mode=1777 tmpfs /tmp
+mount -t tmpfs -o mode=1777 tmpfs /dev/shm
 mount -t tmpfs -o mode=755 tmpfs /run
 mkdir -p /run/lock /run/netns
 mount --make-rshared /
