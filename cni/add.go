@@ -63,6 +63,7 @@ type adding struct {
 
 	pools    ipam.Config
 	want     []netip.Addr
+	had      []netip.Addr // what an earlier ADD of this very attachment had
 	ns       *netns.NS
 	sides    *sides
 	veth     *veth
@@ -304,6 +305,9 @@ func (a *adding) removeAll(ctx context.Context, old []node.Endpoint) error {
 		if err := a.teardown(ctx, a.c, e.Key); err != nil {
 			return err
 		}
+		if e.Key == a.key { // plugins behind this one were told of them, and of no DEL: portmap sends there still
+			a.had = e.Addrs
+		}
 	}
 	return nil
 }
@@ -379,7 +383,7 @@ func (a *adding) recordOnce(ctx context.Context) (old []node.Endpoint, err error
 			if err != nil {
 				return err
 			}
-			addrs, err := ipam.Assign(tx, a.pools, ipam.Request{Key: a.key, Want: a.want, V4: v4, V6: v6})
+			addrs, err := ipam.Assign(tx, a.pools, ipam.Request{Key: a.key, Want: a.want, Had: a.had, V4: v4, V6: v6})
 			if err != nil {
 				return err
 			}

@@ -29,37 +29,37 @@ type choice struct {
 	waited  bool         // it was in line to be given out again
 }
 
-// take gives out one requested address. Its block must be this node's, or free to be claimed.
-func (a *assignment) take(addr netip.Addr) error {
+// requested chooses this very address. Its block must be this node's, or free to be claimed. It writes nothing.
+func (a *assignment) requested(addr netip.Addr) (choice, error) {
 	if a.isReserved(addr) {
-		return fmt.Errorf("%s: %w", addr, ErrReserved)
+		return choice{}, fmt.Errorf("%s: %w", addr, ErrReserved)
 	}
 	owner, err := a.tx.Owner(addr)
 	if err == nil {
-		return fmt.Errorf("%s: %w by %s", addr, ErrTaken, owner)
+		return choice{}, fmt.Errorf("%s: %w by %s", addr, ErrTaken, owner)
 	}
 	if !errors.Is(err, node.ErrNotFound) {
-		return err
+		return choice{}, err
 	}
 	p, ok := within(a.pools, addr)
 	if !ok {
-		return fmt.Errorf("%s: %w; the pools are %s", addr, ErrOutsidePool, names(a.pools))
+		return choice{}, fmt.Errorf("%s: %w; the pools are %s", addr, ErrOutsidePool, names(a.pools))
 	}
 	if p.Disabled {
-		return fmt.Errorf("%s: %w: pool %s is disabled", addr, ErrPool, p.CIDR)
+		return choice{}, fmt.Errorf("%s: %w: pool %s is disabled", addr, ErrPool, p.CIDR)
 	}
 	cidr := netip.PrefixFrom(addr, p.BlockSize).Masked()
 	b, err := a.tx.Block(cidr)
 	if errors.Is(err, node.ErrNotFound) && a.claimed {
-		return fmt.Errorf("%s: %w; ask for it on the node that has %s (caracalctl ipam show --show-blocks)", addr, ErrNotClaimed, cidr)
+		return choice{}, fmt.Errorf("%s: %w; ask for it on the node that has %s (caracalctl ipam show --show-blocks)", addr, ErrNotClaimed, cidr)
 	}
 	if errors.Is(err, node.ErrNotFound) {
 		b, err = node.Block{CIDR: cidr, Pool: p.CIDR}, nil
 	}
 	if err != nil {
-		return err
+		return choice{}, err
 	}
-	return a.give(choice{addr: addr, block: b, waited: true})
+	return choice{addr: addr, block: b, waited: true}, nil
 }
 
 // any gives out an address of a family.

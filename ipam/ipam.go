@@ -43,6 +43,7 @@ type Config struct {
 type Request struct {
 	Key  node.Key
 	Want []netip.Addr // these addresses, of any family
+	Had  []netip.Addr // what it had before: it gets it again where it can, unless Want has one of that family
 	V4   bool         // an IPv4 address, unless Want has one
 	V6   bool         // an IPv6 address, unless Want has one
 }
@@ -123,11 +124,29 @@ func Assign(tx *node.Tx, cfg Config, r Request) ([]netip.Addr, error) {
 		if slices.ContainsFunc(r.Want[:i], func(other netip.Addr) bool { return other.Unmap() == w }) {
 			continue
 		}
-		if err := a.take(w); err != nil {
+		c, err := a.requested(w)
+		if err == nil {
+			err = a.give(c)
+		}
+		if err != nil {
 			return nil, err
 		}
 		want4 = want4 && !w.Is4()
 		want6 = want6 && w.Is4()
+	}
+	for _, had := range r.Had {
+		wanted := &want4
+		if had.Is6() {
+			wanted = &want6
+		}
+		c, err := a.requested(had)
+		if err != nil || !*wanted {
+			continue
+		}
+		if err := a.give(c); err != nil {
+			return nil, err
+		}
+		*wanted = false
 	}
 	if want4 {
 		if err := a.any(false); err != nil {

@@ -242,6 +242,12 @@ func TestRequestedAddresses(t *testing.T) {
 		{"in a disabled pool", want("10.2.0.200"), "", ErrPool},
 		{"in a block of a disabled pool", want("10.2.0.9"), "", ErrPool},
 		{"one good, one taken", want("10.1.0.5 10.1.0.0"), "", ErrTaken},
+		{"had before", Request{Had: addrs("10.1.0.2 2001:db8::7"), V4: true, V6: true}, "10.1.0.2 2001:db8::7", nil},
+		{"had before, another is wanted", Request{Want: addrs("10.1.0.5"), Had: addrs("10.1.0.2"), V4: true}, "10.1.0.5", nil},
+		{"had before, of a family that is not wanted now", Request{Had: addrs("10.1.0.2 2001:db8::7"), V4: true}, "10.1.0.2", nil},
+		{"had before, taken since", Request{Had: addrs("10.1.0.0"), V4: true}, "10.1.0.1", nil},
+		{"had before, reserved since", Request{Had: addrs("10.1.0.9"), V4: true}, "10.1.0.1", nil},
+		{"had before, the pool is disabled since", Request{Had: addrs("10.2.0.9"), V4: true}, "10.1.0.1", nil},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			r := newRig(t)

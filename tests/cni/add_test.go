@@ -379,6 +379,30 @@ func TestSuccessor(t *testing.T) {
 	}
 }
 
+// TestAddedAgain: a container whose runtime died after ADD and adds it again keeps its address, for portmap behind us was told of
+// no DEL and sends what comes to its published ports there.
+func TestAddedAgain(t *testing.T) {
+	h := newHost(t)
+	first, other, again, wanted := h.pod(), h.pod(), h.pod(), h.pod()
+	first.add()
+	other.add()
+	again.id, wanted.id = first.id, first.id
+	again.add()
+	if again.addr(false) != first.addr(false) || again.addr(true) != first.addr(true) {
+		t.Errorf("%s and %s became %s and %s", first.addr(false), first.addr(true), again.addr(false), again.addr(true))
+	}
+	other.ping(again.addr(false))
+	wanted.args = "IP=10.244.0.9"
+	wanted.add()
+	if got := wanted.addr(false); got.String() != "10.244.0.9" || wanted.addr(true) != first.addr(true) {
+		t.Errorf("%s and %s, want 10.244.0.9, which was asked for, and %s", got, wanted.addr(true), first.addr(true))
+	}
+	other.ping(wanted.addr(false))
+	wanted.del()
+	other.del()
+	h.clean()
+}
+
 // TestDel in all its conditions.
 func TestDel(t *testing.T) {
 	h := newHost(t)
