@@ -10,26 +10,17 @@ import (
 	"github.com/caracal-net/caracal/tools/lab"
 )
 
-const pools = `apiVersion: projectcalico.org/v3
-kind: IPPool
-metadata: {name: v4}
-spec: {cidr: 10.244.0.0/16, natOutgoing: true}
-`
-
 // newCluster boots two machines whose agents share etcd.
 func newCluster(t testing.TB) []*machine {
 	t.Helper()
 	testenv.NeedProgram(t, "etcd", "etcd-server")
-	all := newMachines(t, lab.Config{Hosts: 2, Outside: true, Cluster: true}, `"cluster": true`)
+	all := boot(t, lab.Config{Hosts: 2, Outside: true, Cluster: true})
 	l := all[0].Lab()
 	must(t, l.StartEtcd(t.Context()))
-	for i, m := range all {
+	for _, m := range all {
 		m.sh("mkdir -p /etc/caracal")
 		m.write("/etc/caracal/caracalctl.cfg", "apiVersion: projectcalico.org/v3\nkind: CalicoAPIConfig\nspec: {datastoreType: etcdv3, etcdEndpoints: '"+l.EtcdEndpoints()+"'}\n")
-		if i == 0 {
-			m.write("/root/pools.yaml", pools)
-			m.sh("caracalctl apply -f /root/pools.yaml")
-		}
+		m.install()
 		must(t, m.agent())
 	}
 	for _, m := range all {

@@ -46,22 +46,6 @@ const (
 	confFile = "/etc/cni/net.d/10-caracal.conflist"
 )
 
-// conflist is the network, with these keys of its ipam object.
-func conflist(ipam string) string {
-	return `{"cniVersion": "1.0.0", "name": "caracal", "plugins": [
-  {"type": "caracal", "ipMasq": true, "log_file_path": "/var/log/caracal-cni.log",
-   "capabilities": {"bandwidth": true, "ips": true, "mac": true, "io.kubernetes.cri.pod-annotations": true},
-   "ipam": {"type": "caracal-ipam", ` + ipam + `}},
-  {"type": "portmap", "snat": true, "capabilities": {"portMappings": true}},
-  {"type": "bandwidth", "capabilities": {"bandwidth": true}}]}
-`
-}
-
-const (
-	ownPools = `"ipv4_pools": ["10.244.0.0/16"], "reservations": ["10.244.200.0/24"]`
-	cluster  = `"cluster": true`
-)
-
 // machine is one with containerd on it.
 type machine struct {
 	*lab.Machine
@@ -73,11 +57,13 @@ type machine struct {
 // newMachine is a machine with a network of its own.
 func newMachine(t testing.TB) *machine {
 	t.Helper()
-	return newMachines(t, lab.Config{Hosts: 1, Outside: true}, ownPools)[0]
+	m := boot(t, lab.Config{Hosts: 1, Outside: true})[0]
+	m.install()
+	return m
 }
 
-// newMachines boots the hosts of a lab, installs the network and starts containerd.
-func newMachines(t testing.TB, cfg lab.Config, ipam string) []*machine {
+// boot boots the hosts of a lab and puts there what comes with the real machine's packages; nothing runs yet.
+func boot(t testing.TB, cfg lab.Config) []*machine {
 	t.Helper()
 	testenv.NeedRoot(t)
 	for program, debian := range map[string]string{"containerd": "containerd", "runc": "runc", "loopback": "containernetworking-plugins", "iptables": "iptables"} {
@@ -92,23 +78,27 @@ func newMachines(t testing.TB, cfg lab.Config, ipam string) []*machine {
 		m.Machine, err = h.Boot(t.Context())
 		must(t, err)
 		t.Cleanup(m.disconnect) // before the lab goes down
-		m.sh(`mkdir -p /opt/cni/bin /etc/cni/net.d /etc/containerd
-			cp -a /root/caracal/caracal /root/caracal/caracal-ipam /opt/cni/bin/
-			for p in loopback portmap bandwidth; do ln -s /usr/lib/cni/$p /opt/cni/bin/; done
+		m.sh(`mkdir -p /opt/cni/bin /etc/containerd
+			ln -s /usr/lib/cni/loopback /usr/lib/cni/portmap /usr/lib/cni/bandwidth /opt/cni/bin/
 			ln -s /root/caracal/caracald /root/caracal/caracalctl /usr/local/bin/`)
 		m.write("/etc/containerd/config.toml", config)
-		m.write(confFile, conflist(ipam))
-		m.start()
-		dir := t.TempDir()
-		for _, archive := range []string{image.Busybox(t, dir, busybox), image.Pause(t, dir, pause)} {
-			data, err := os.ReadFile(archive)
-			must(t, err)
-			m.write("/root/image.tar", string(data))
-			m.sh("ctr -n k8s.io images import /root/image.tar && rm /root/image.tar")
-		}
 		all = append(all, m)
 	}
 	return all
+}
+
+// install installs the network, starts containerd and loads the images.
+func (m *machine) install() {
+	m.t.Helper()
+	m.sh("caracalctl install")
+	m.start()
+	dir := m.t.TempDir()
+	for _, archive := range []string{image.Busybox(m.t, dir, busybox), image.Pause(m.t, dir, pause)} {
+		data, err := os.ReadFile(archive)
+		must(m.t, err)
+		m.write("/root/image.tar", string(data))
+		m.sh("ctr -n k8s.io images import /root/image.tar && rm /root/image.tar")
+	}
 }
 
 // start starts containerd, again after its end, and waits until its CRI answers.
@@ -322,7 +312,7 @@ exit $rc
 // unwrap puts the plugin back.
 func (m *machine) unwrap() {
 	m.t.Helper()
-	m.sh("rm -f /opt/cni/bin/caracal && cp /root/caracal/caracal /opt/cni/bin/")
+	m.sh("rm -f /opt/cni/bin/caracal && caracalctl install")
 }
 
 // call is one that the plugin got.

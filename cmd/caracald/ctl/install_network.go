@@ -116,7 +116,7 @@ func (o *installOptions) writeNetwork(cmd *cobra.Command, pools []api.IPPool) ([
 		IPAM         *ipam        `json:"ipam,omitempty"`
 	}
 	own := plugin{
-		Type: "caracal", Capabilities: capabilities{"ips": true, "mac": true}, IPMasq: o.masquerade && !o.clustered(), MTU: o.mtu,
+		Type: "caracal", Capabilities: capabilities{"ips": true, "mac": true, "io.kubernetes.cri.pod-annotations": true}, IPMasq: o.masquerade && !o.clustered(), MTU: o.mtu,
 		NodeName: nodeVariable(), LogFile: o.logFile, LogLevel: os.Getenv("LOG_LEVEL"), IPAM: &ipam{Type: "caracal-ipam", Cluster: o.clustered()},
 	}
 	for _, p := range pools {
