@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 
 	"github.com/containernetworking/cni/pkg/types"
@@ -365,8 +366,9 @@ func (c *Config) families(tx *node.Tx, cfg ipam.Config) (v4, v6 bool, err error)
 	return v4, v6, err
 }
 
-// requested are the addresses that somebody asked for: the runtime's capability before args.cni before the pod's annotation
-// before CNI_ARGS (CNI CONVENTIONS.md says it of the three that it knows).
+// requested are the addresses that somebody asked for. In each family the runtime's capability counts before args.cni before the
+// pod's annotation before CNI_ARGS (CNI CONVENTIONS.md says it of the three that it knows): nerdctl sends an IPv6 address by the
+// first and an IPv4 address by the last.
 func (c *Config) requested(env *Env) ([]netip.Addr, error) {
 	annotated, err := c.RuntimeConfig.PodAnnotations.ips()
 	if err != nil {
@@ -376,15 +378,23 @@ func (c *Config) requested(env *Env) ([]netip.Addr, error) {
 	if env.Args["IP"] != "" {
 		arg = strings.Split(env.Args["IP"], ",")
 	}
+	var addrs []netip.Addr
 	for _, asked := range []struct {
 		where string
 		list  []string
 	}{{"runtimeConfig.ips", c.RuntimeConfig.IPs}, {"args.cni.ips", c.Args.CNI.IPs}, {"annotation " + annotationIPs, annotated}, {"CNI_ARGS IP", arg}} {
-		if len(asked.list) > 0 {
-			return parseAddrs(asked.where, asked.list)
+		more, err := parseAddrs(asked.where, asked.list)
+		if err != nil {
+			return nil, err
+		}
+		before := addrs
+		for _, a := range more {
+			if !slices.ContainsFunc(before, func(b netip.Addr) bool { return b.Is4() == a.Is4() }) {
+				addrs = append(addrs, a)
+			}
 		}
 	}
-	return nil, nil
+	return addrs, nil
 }
 
 // parseAddrs reads addresses, and ignores the prefix lengths that they may have.

@@ -213,6 +213,12 @@ func TestRequested(t *testing.T) {
 		}
 		p.del()
 	}
+	both := h.pod() // as nerdctl says --ip and --ip6
+	both.args, both.conf = "IP=10.244.1.5", object{"runtimeConfig": object{"ips": []string{"fd00:10::5"}}}
+	if both.add(); both.addr(false).String() != "10.244.1.5" || both.addr(true).String() != "fd00:10::5" {
+		t.Errorf("one family by each way: %s", both.raw)
+	}
+	both.del()
 	for _, c := range []struct {
 		conf  object
 		code  int
