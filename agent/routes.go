@@ -133,6 +133,7 @@ func (r *routes) sync(v *view, own []netip.Prefix, t tunnel) error {
 	r.whole, r.look = false, false
 	r.mu.Unlock()
 	var errs []error
+	first := r.written == nil
 	if err := r.read(); err != nil {
 		return err
 	}
@@ -164,6 +165,9 @@ func (r *routes) sync(v *view, own []netip.Prefix, t tunnel) error {
 	}
 	if look {
 		r.compare(kernel)
+	}
+	if first {
+		errs = append(errs, r.adopt()...)
 	}
 	if whole {
 		r.forgetOld(kernel)
@@ -406,6 +410,30 @@ func (r *routes) read() error {
 		}
 	}
 	return nil
+}
+
+// adopt puts into the maps what only the kernel has of our routes to other hosts: those that Calico had learned on a host that was
+// its. They stay, as what an earlier agent had learned does, until the peers have told theirs.
+func (r *routes) adopt() (errs []error) {
+	kernel, err := r.listKernel()
+	if err != nil {
+		return []error{err}
+	}
+	lock, err := node.LockNode(context.Background(), r.a.StateDir)
+	if err != nil {
+		return []error{err}
+	}
+	defer lock.Unlock()
+	hops := make(map[netip.Addr]hop)
+	for p, k := range kernel {
+		via, ok := netip.AddrFromSlice(k.Gw)
+		if _, in := poolOf(r.pools, p); ok && in && r.written[p].Kind == 0 {
+			if err := r.put(bgp.Route{Prefix: p, NextHop: via.Unmap()}, hops); err != nil {
+				errs = append(errs, err)
+			}
+		}
+	}
+	return errs
 }
 
 func (r *routes) remove(p netip.Prefix) error {

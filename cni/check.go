@@ -105,11 +105,12 @@ func (p *Plugin) checkRecord(ctx context.Context, env *Env, c *Config) (node.End
 	return e, err
 }
 
-// checkPrev compares the record with what ADD had answered.
+// checkPrev compares the record with what ADD had answered. Calico's plugin, as which an adopted pod's ADD was answered, used to
+// name the host's end alone.
 func checkPrev(env *Env, c *Config, e node.Endpoint) error {
 	found := false
 	for _, i := range c.prev.Interfaces {
-		found = found || i.Name == env.IfName && i.Sandbox != ""
+		found = found || i.Name == env.IfName && i.Sandbox != "" || e.Adopted && i.Name == e.HostIfName
 	}
 	if !found {
 		return differs("prevResult has no interface %s in the container", env.IfName)

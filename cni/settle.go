@@ -201,9 +201,13 @@ func (s *settler) pickUpMAC(ctx context.Context, e node.Endpoint, ifindex int) e
 	if mac.String() == e.MAC {
 		return nil
 	}
+	gateway, err := net.ParseMAC(e.HostMAC)
+	if err != nil {
+		return err
+	}
 	// With its old address the interface lost its permanent neighbours.
 	for _, gw := range gateways(e.Addrs) {
-		if err := setNeighbour(sides.pod, l.Attrs().Index, gw, hostMAC); err != nil {
+		if err := setNeighbour(sides.pod, l.Attrs().Index, gw, gateway); err != nil {
 			return err
 		}
 	}

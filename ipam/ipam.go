@@ -85,6 +85,9 @@ func (c Config) reservations() ([]netip.Prefix, error) {
 	return all, nil
 }
 
+// Effective are the pools that the configuration means by itself, complete.
+func (c Config) Effective() ([]api.IPPool, error) { return c.pools() }
+
 // Validate checks the configuration without a database.
 func (c Config) Validate() error {
 	_, err := c.pools()

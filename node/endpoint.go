@@ -52,7 +52,8 @@ type Endpoint struct {
 	PodNamespace string            `json:"podNamespace,omitempty"`
 	PodUID       string            `json:"podUID,omitempty"`
 	Labels       map[string]string `json:"labels,omitempty"`
-	IPAM         string            `json:"ipam,omitempty"` // "caracal", or the foreign plugin's type
+	IPAM         string            `json:"ipam,omitempty"`    // "caracal", or the foreign plugin's type
+	Adopted      bool              `json:"adopted,omitempty"` // Calico's plugin has made it
 	Created      time.Time         `json:"created"`
 }
 

@@ -111,6 +111,7 @@ Reading commands change nothing. Exit code 0: done; 1: an error, or a check foun
 		newGetCommand(g),
 		newDeleteCommand(g),
 		newImportCalicoCommand(g),
+		newAdoptCommand(g),
 		newDoctorCommand(g),
 		newValidateCommand(g),
 		newVersionCommand(g),
