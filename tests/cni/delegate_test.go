@@ -16,14 +16,8 @@ import (
 // refuses is refused.
 func TestDelegate(t *testing.T) {
 	h := newHost(t)
-	root, err := testenv.Root()
-	must(t, err)
 	dir := t.TempDir()
-	build := exec.Command("go", "build", "-o", dir, "./tests/cni/ipamdelegate")
-	build.Dir, build.Env = root, append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build: %v\n%s", err, out)
-	}
+	goBuild(t, dir, ".", "./tests/cni/ipamdelegate")
 	h.path += ":" + dir
 	record := filepath.Join(dir, "record")
 	ipam := object{"type": "ipamdelegate", "address": "10.9.0.7/24", "record": record}
@@ -82,5 +76,17 @@ func TestDelegate(t *testing.T) {
 	}
 	if want := []string{"ADD", "CHECK", "STATUS", "GC", "STATUS", "GC", "DEL"}; !slices.Equal(commands, want) {
 		t.Errorf("called with %v, want %v", commands, want)
+	}
+}
+
+// goBuild builds a package of a module, whose directory is told from this project's, into a directory.
+func goBuild(t *testing.T, into, module, what string) {
+	t.Helper()
+	root, err := testenv.Root()
+	must(t, err)
+	build := exec.Command("go", "build", "-o", into, what)
+	build.Dir, build.Env = filepath.Join(root, module), append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build: %v\n%s", err, out)
 	}
 }

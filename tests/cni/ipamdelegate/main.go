@@ -27,6 +27,7 @@ type conf struct {
 // call is one line of the record.
 type call struct {
 	Command, ContainerID, Netns, IfName string
+	Traceparent, Tracestate, Baggage    string
 	Config                              json.RawMessage
 }
 
@@ -58,7 +59,9 @@ func noted(args *skel.CmdArgs) (*conf, error) {
 		return nil, err
 	}
 	command := os.Getenv("CNI_COMMAND")
-	line, err := json.Marshal(call{command, args.ContainerID, args.Netns, args.IfName, args.StdinData})
+	line, err := json.Marshal(call{
+		command, args.ContainerID, args.Netns, args.IfName, os.Getenv("TRACEPARENT"), os.Getenv("TRACESTATE"), os.Getenv("BAGGAGE"), args.StdinData,
+	})
 	if err != nil {
 		return nil, err
 	}
