@@ -8,8 +8,10 @@ COMMIT := $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 BUILD := $(GO) build -trimpath -ldflags "-s -w -X $(CTL).Version=$(VERSION) -X $(CTL).Commit=$(COMMIT)"
 GOLANGCI := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.5.0
 
+IMAGE ?= caracal:$(VERSION)
+
 .DEFAULT_GOAL := help
-.PHONY: help build generate test demo bench lint clean
+.PHONY: help build image generate test demo bench lint clean
 
 help: ## list these commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,6 +21,9 @@ build: ## build every binary, static, into bin/
 	$(BUILD) -o bin/ ./cmd/caracal ./cmd/caracald ./tools/podbench ./tools/lab/cmd/lab
 	@ln -sf caracal bin/caracal-ipam
 	@ln -sf caracald bin/caracalctl
+
+image: build ## build the container image $(IMAGE) with the local Docker (DOCKER=podman: another), no registry
+	deploy/image.sh bin $(IMAGE)
 
 generate: ## compile the eBPF programs and all that follows from them (needs clang-19 and libbpf-dev)
 	cd bpf && $(GO) generate ./...
