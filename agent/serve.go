@@ -3,20 +3,18 @@ package agent
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
 	"net"
 	"net/http"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/caracal-net/caracal/bgp"
+	"github.com/caracal-net/caracal/internal/socket"
 	"github.com/caracal-net/caracal/internal/trace"
 )
 
@@ -70,7 +68,7 @@ func (a *Agent) serve(ctx context.Context) (stop func(), err error) {
 		go func() { _ = s.Serve(l) }() // ends when it is closed
 	}
 	if a.Socket != "" {
-		l, err := listenUnix(a.Socket)
+		l, err := socket.Listen(a.Socket)
 		if err != nil {
 			return nil, err
 		}
@@ -115,29 +113,6 @@ func (a *Agent) traced(r *http.Request, done string, begin time.Time, failed err
 		level = slog.LevelInfo
 	}
 	a.Log.Log(r.Context(), level, done, append(attrs, caller.Child().LogAttrs()...)...)
-}
-
-// listenUnix listens on a socket that only root may use, in place of one that a killed agent left.
-func listenUnix(path string) (net.Listener, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, fmt.Errorf("make directory of socket: %w", err)
-	}
-	if c, err := net.Dial("unix", path); err == nil {
-		c.Close()
-		return nil, fmt.Errorf("%s: another agent answers there; one runs on a node", path)
-	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("remove old socket: %w", err)
-	}
-	l, err := net.Listen("unix", path)
-	if err != nil {
-		return nil, err
-	}
-	if err := os.Chmod(path, 0o600); err != nil {
-		l.Close()
-		return nil, err
-	}
-	return l, nil
 }
 
 // health answers like calico-node's: liveness is that we answer, readiness that the node is as the store wants it. What is
