@@ -8,7 +8,7 @@ import (
 // WorkloadEndpoint is a pod's interface on some node. The agents write it; metadata.labels are the pod's.
 type WorkloadEndpoint struct {
 	Node           string         `json:"node"`
-	Orchestrator   string         `json:"orchestrator,omitempty"` // "k8s", "cni" (default)
+	Orchestrator   string         `json:"orchestrator,omitempty"` // "k8s", "libnetwork" (Docker), "cni" (default)
 	Workload       string         `json:"workload,omitempty"`
 	Pod            string         `json:"pod,omitempty"`
 	ContainerID    string         `json:"containerID,omitempty"`

@@ -37,21 +37,35 @@ func (p *Plugin) add(ctx context.Context, env *Env, c *Config) (any, error) {
 		return nil, err
 	}
 	defer a.close()
+	if err := a.attach(ctx); err != nil {
+		return nil, err
+	}
+	return a.result()
+}
+
+// attach makes the attachment, or nothing.
+func (a *adding) attach(ctx context.Context) error {
 	if err := a.make(ctx); err != nil {
-		// The runtime may have given up on us: what we made goes all the same.
+		// Who asked may have given up on us: what we made goes all the same.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), uninterrupted)
 		defer cancel()
 		if undo := a.undo(ctx); undo != nil {
-			p.log.Error("undo", "error", undo)
+			a.log.Error("undo", "error", undo)
 		}
-		return nil, err
+		return err
 	}
-	if p.Spawn != nil && !settling(c.StateDir) {
-		if err := p.Spawn("settle", "--state-dir", c.StateDir, "--bpffs-dir", c.BPFFSDir, "--boot-id-file", c.BootIDFile); err != nil {
-			p.log.Warn("start settling", "error", err) // the pod works as it is
-		}
+	a.spawnSettler()
+	return nil
+}
+
+// spawnSettler has somebody settle the pod, which works as it is.
+func (a *adding) spawnSettler() {
+	if a.Spawn == nil || settling(a.c.StateDir) {
+		return
 	}
-	return a.result()
+	if err := a.Spawn("settle", "--state-dir", a.c.StateDir, "--bpffs-dir", a.c.BPFFSDir, "--boot-id-file", a.c.BootIDFile); err != nil {
+		a.log.Warn("start settling", "error", err)
+	}
 }
 
 // adding is one ADD at work.
@@ -112,11 +126,14 @@ func (a *adding) validate() (err error) {
 	if err := a.vacant(); err != nil {
 		return err
 	}
-	mtu := a.c.MTU
-	if mtu == 0 {
-		mtu = pathMTU(a.sides.host)
+	a.veth = &veth{hostName: HostIfName(a.env, a.c.Name), podName: a.env.IfName, mac: mac, hostMAC: hostMAC, mtu: a.c.mtu(a.sides.host)}
+	a.record = node.Endpoint{
+		Key: a.key, Netns: a.env.Netns, Shaped: a.c.shaped(), IPAM: ipam.Name, Labels: a.c.labels(),
+		PodName: a.env.Args["K8S_POD_NAME"], PodNamespace: a.env.Args["K8S_POD_NAMESPACE"], PodUID: a.env.Args["K8S_POD_UID"],
 	}
-	a.veth = &veth{hostName: HostIfName(a.env, a.c.Name), podName: a.env.IfName, mac: mac, mtu: mtu}
+	if !a.c.ownIPAM() {
+		a.record.IPAM = a.c.IPAM.Type
+	}
 	if a.c.shaped() {
 		a.mode = loader.TCX // the bandwidth plugin needs the place that clsact takes
 		if !loader.HasTCX() {
@@ -124,6 +141,14 @@ func (a *adding) validate() (err error) {
 		}
 	}
 	return prepareBPFFS(a.c.BPFFSDir)
+}
+
+// mtu is what the pair gets unless a tunnel takes less, bytes.
+func (c *Config) mtu(host *netlink.Handle) int {
+	if c.MTU != 0 {
+		return c.MTU
+	}
+	return pathMTU(host)
 }
 
 // vacant makes sure that the container has no interface of the requested name, other than what an ADD or a DEL of this very
@@ -228,7 +253,7 @@ func (a *adding) make(ctx context.Context) error {
 		{"commit", a.commit},
 		{"policy", a.enforce},
 		{"host", a.configureHost},
-		{"pod", func(context.Context) error { return a.veth.configurePod(a.sides) }},
+		{"pod", a.configurePod},
 		{"answer", func(context.Context) error { return nil }},
 	} {
 		if err := a.timed(s.name, func() error { return s.run(ctx) }); err != nil {
@@ -358,9 +383,12 @@ func (a *adding) recordOnce(ctx context.Context) (old []node.Endpoint, err error
 		return nil, err
 	}
 	defer db.Close()
-	inode, err := a.ns.Inode()
-	if err != nil {
-		return nil, err
+	if a.ns != nil {
+		inode, err := a.ns.Inode()
+		if err != nil {
+			return nil, err
+		}
+		a.record.NetnsID = fmt.Sprint(inode)
 	}
 	masquerade4, masquerade6 := false, false
 	err = db.Update(func(tx *node.Tx) error {
@@ -383,12 +411,18 @@ func (a *adding) recordOnce(ctx context.Context) (old []node.Endpoint, err error
 			if err != nil {
 				return err
 			}
+			held, err := tx.Held(a.key)
+			if err != nil {
+				return err
+			}
+			if len(held) == 0 && a.record.IPAM == ipam.Docker {
+				return fail(codeAddress, "%s holds no address of this node", a.key)
+			}
 			addrs, err := ipam.Assign(tx, a.pools, ipam.Request{Key: a.key, Want: a.want, Had: a.had, V4: v4, V6: v6})
 			if err != nil {
 				return err
 			}
-			held, err := tx.Held(a.key)
-			if err != nil {
+			if held, err = tx.Held(a.key); err != nil {
 				return err
 			}
 			a.blocks = nil
@@ -413,16 +447,10 @@ func (a *adding) recordOnce(ctx context.Context) (old []node.Endpoint, err error
 		if err := recordSysctls(tx, a.sysctls); err != nil {
 			return err
 		}
-		a.record = node.Endpoint{
-			Key: a.key, HostIfName: a.veth.hostName, Netns: a.env.Netns, NetnsID: fmt.Sprint(inode),
-			MAC: a.veth.mac.String(), HostMAC: hostMAC.String(), Addrs: a.veth.addrs, MTU: a.veth.mtu, Shaped: a.c.shaped(),
-			PodName: a.env.Args["K8S_POD_NAME"], PodNamespace: a.env.Args["K8S_POD_NAMESPACE"], PodUID: a.env.Args["K8S_POD_UID"],
-			Labels: a.c.labels(), IPAM: ipam.Name, Created: time.Now().UTC(), IPMasq: bool(a.c.IPMasq),
-			Masquerade4: masquerade4 || bool(a.c.IPMasq), Masquerade6: masquerade6 || bool(a.c.IPMasq),
-		}
-		if !a.c.ownIPAM() {
-			a.record.IPAM = a.c.IPAM.Type
-		}
+		a.record.HostIfName, a.record.Addrs, a.record.MTU = a.veth.hostName, a.veth.addrs, a.veth.mtu
+		a.record.MAC, a.record.HostMAC = a.veth.mac.String(), a.veth.hostMAC.String()
+		a.record.IPMasq, a.record.Created = bool(a.c.IPMasq), time.Now().UTC()
+		a.record.Masquerade4, a.record.Masquerade6 = masquerade4 || bool(a.c.IPMasq), masquerade6 || bool(a.c.IPMasq)
 		a.about = a.record
 		a.recorded = true // whatever becomes of the transaction
 		return tx.PutEndpoint(a.record)
@@ -462,6 +490,14 @@ func (a *adding) configureHost(context.Context) error {
 		}
 	}
 	return nil
+}
+
+// configurePod configures the pod's end, unless whoever moves it into the pod's namespace does.
+func (a *adding) configurePod(context.Context) error {
+	if a.ns == nil {
+		return nil
+	}
+	return a.veth.configurePod(a.sides)
 }
 
 // commit puts the pod into the maps, under the node lock, unless a DEL has removed it meanwhile.

@@ -15,6 +15,7 @@ import (
 
 	"github.com/caracal-net/caracal/commit"
 	"github.com/caracal-net/caracal/internal/nl"
+	"github.com/caracal-net/caracal/ipam"
 	"github.com/caracal-net/caracal/loader"
 	"github.com/caracal-net/caracal/maps"
 	"github.com/caracal-net/caracal/node"
@@ -179,8 +180,10 @@ func (p *Plugin) forget(ctx context.Context, c *Config, e node.Endpoint) (again 
 				return err
 			}
 		}
-		if _, err := tx.Release(e.Key); err != nil {
-			return err
+		if e.IPAM != ipam.Docker {
+			if _, err := tx.Release(e.Key); err != nil {
+				return err
+			}
 		}
 		return tx.DeleteEndpoint(e.Key)
 	})

@@ -203,7 +203,7 @@ func (s *settler) pickUpMAC(ctx context.Context, e node.Endpoint, ifindex int) e
 	}
 	gateway, err := net.ParseMAC(e.HostMAC)
 	if err != nil {
-		return err
+		return fmt.Errorf("%s: MAC address of its host's end: %w", e.Key, err)
 	}
 	// With its old address the interface lost its permanent neighbours.
 	for _, gw := range gateways(e.Addrs) {
@@ -214,8 +214,11 @@ func (s *settler) pickUpMAC(ctx context.Context, e node.Endpoint, ifindex int) e
 	return s.changeMAC(ctx, sides.host, e, ifindex, mac)
 }
 
-// alive tells whether the namespace that ADD was given is still what lies at its path.
+// alive tells whether the namespace that ADD was given is still what lies at its path. One that is not known yet is.
 func alive(e node.Endpoint) bool {
+	if e.NetnsID == "" {
+		return true
+	}
 	ns, err := netns.Open(e.Netns)
 	if err != nil {
 		return false

@@ -37,7 +37,7 @@ var (
 	Gateway6 = netip.MustParseAddr("fe80::1")
 )
 
-// hostMAC is the address of every host end, as on a Calico node.
+// hostMAC is the address of the host ends of CNI's attachments, as on a Calico node; from_pod answers for it.
 var hostMAC = net.HardwareAddr{0xee, 0xee, 0xee, 0xee, 0xee, 0xee}
 
 // minMTU6 is the least MTU that IPv6 works on, bytes (RFC 8200, section 5).
@@ -47,6 +47,7 @@ const minMTU6 = 1280
 type veth struct {
 	hostName, podName string
 	mac               net.HardwareAddr // of the pod's end
+	hostMAC           net.HardwareAddr // of the host's end
 	mtu               int
 	addrs             []netip.Addr
 	pools             []netip.Prefix // what a pod's second interface is for
@@ -55,7 +56,8 @@ type veth struct {
 	routes            []netip.Prefix // in the pod, by its gateways; set by configurePod
 }
 
-// sides are rtnetlink sockets in the host's and in the pod's namespace.
+// sides are rtnetlink sockets in the host's and in the pod's namespace. Of a pod whose end somebody else moves there, later,
+// there is no namespace and no socket in it.
 type sides struct {
 	host, pod *netlink.Handle
 	ns        *netns.NS
@@ -65,6 +67,9 @@ func openSides(ns *netns.NS) (*sides, error) {
 	host, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, fmt.Errorf("open rtnetlink: %w", err)
+	}
+	if ns == nil {
+		return &sides{host: host}, nil
 	}
 	pod, err := netlink.NewHandleAt(vnetns.NsHandle(ns.FD()), unix.NETLINK_ROUTE)
 	if err != nil {
@@ -76,19 +81,24 @@ func openSides(ns *netns.NS) (*sides, error) {
 
 func (s *sides) Close() {
 	s.host.Close()
-	s.pod.Close()
+	if s.pod != nil {
+		s.pod.Close()
+	}
 }
 
-// create makes the pair in one request, with the pod's end in its namespace under its final name: moving an interface
-// between namespaces later would wait for an RCU grace period. os.ErrExist when the host has such an interface.
+// create makes the pair in one request, with the pod's end in its namespace, if that is known, under its final name: moving an
+// interface between namespaces later waits for an RCU grace period. os.ErrExist when the host has such an interface.
 func (v *veth) create(s *sides) error {
 	attrs := netlink.NewLinkAttrs()
-	attrs.Name, attrs.HardwareAddr, attrs.MTU, attrs.TxQLen, attrs.Group = v.hostName, hostMAC, v.mtu, 1000, LinkGroup
+	attrs.Name, attrs.HardwareAddr, attrs.MTU, attrs.TxQLen, attrs.Group = v.hostName, v.hostMAC, v.mtu, 1000, LinkGroup
 	// One queue: a veth takes no lock to send, and each queue more, by default one for each CPU, is files in sysfs.
 	attrs.NumTxQueues, attrs.NumRxQueues = 1, 1
 	pair := &netlink.Veth{
 		LinkAttrs: attrs, PeerName: v.podName, PeerHardwareAddr: v.mac, PeerMTU: uint32(v.mtu),
-		PeerTxQLen: 1000, PeerNamespace: netlink.NsFd(s.ns.FD()), PeerNumTxQueues: 1, PeerNumRxQueues: 1,
+		PeerTxQLen: 1000, PeerNumTxQueues: 1, PeerNumRxQueues: 1,
+	}
+	if s.ns != nil {
+		pair.PeerNamespace = netlink.NsFd(s.ns.FD())
 	}
 	if err := s.host.LinkAdd(pair); err != nil {
 		return fmt.Errorf("create veth pair %s and %s: %w", v.hostName, v.podName, err)
@@ -128,7 +138,7 @@ func (v *veth) configurePod(s *sides) error {
 		}
 	}
 	for _, gw := range gateways(v.addrs) {
-		if err := setNeighbour(s.pod, v.podIndex, gw, hostMAC); err != nil {
+		if err := setNeighbour(s.pod, v.podIndex, gw, v.hostMAC); err != nil {
 			return fmt.Errorf("in the pod: %w", err)
 		}
 		if err := v.routePod(s.pod, gw); err != nil {

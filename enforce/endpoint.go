@@ -46,7 +46,7 @@ func namespace(e node.Endpoint) string {
 }
 
 // Endpoint is the WorkloadEndpoint of a node's attachment: what the node recorded of it, and what people have added in the
-// store: labels, profiles, names of ports, a service account. published is nil where the store has none.
+// store: labels, profiles (of a pod that brings none), names of ports, a service account. published is nil where the store has none.
 func Endpoint(nodeName string, e node.Endpoint, published *api.Resource) api.Resource {
 	r := api.Resource{Kind: endpointKind, Metadata: api.Metadata{
 		Name: EndpointName(nodeName, e.Key), Namespace: namespace(e), Labels: make(map[string]string),
@@ -56,6 +56,10 @@ func Endpoint(nodeName string, e node.Endpoint, published *api.Resource) api.Res
 	}
 	if e.PodName != "" && e.PodNamespace != "" {
 		spec.Orchestrator = "k8s"
+	}
+	if e.Docker != nil {
+		spec.Orchestrator, spec.Workload = "libnetwork", cmp.Or(e.Docker.Network, e.Network)
+		spec.ContainerID = cmp.Or(e.Docker.Container, e.ContainerID)
 	}
 	if !e.Created.IsZero() {
 		r.Metadata.Created = e.Created.UTC().Format(time.RFC3339)
@@ -81,6 +85,9 @@ func Endpoint(nodeName string, e node.Endpoint, published *api.Resource) api.Res
 		}
 		delete(r.Metadata.Annotations, labelsAnnotation)
 		spec.ServiceAccount, spec.Profiles, spec.Ports = have.ServiceAccount, have.Profiles, have.Ports
+	}
+	if len(e.Profiles) > 0 {
+		spec.Profiles = slices.Clone(e.Profiles)
 	}
 	if len(own) > 0 {
 		if r.Metadata.Annotations == nil {

@@ -85,7 +85,7 @@ func Check(tx *node.Tx, alive func(node.Key) bool) (Report, error) {
 		return Report{}, err
 	}
 	err = tx.Endpoints(func(e node.Endpoint) error {
-		if e.IPAM != Name {
+		if e.IPAM != Name && e.IPAM != Docker {
 			return nil
 		}
 		for _, a := range e.Addrs {
@@ -133,3 +133,7 @@ func Check(tx *node.Tx, alive func(node.Key) bool) (Report, error) {
 
 // Name is what an endpoint's record calls this IPAM.
 const Name = "caracal"
+
+// Docker is what the record of a Docker endpoint calls it: the endpoint holds its addresses, and they stay held when it goes,
+// until Docker releases them itself.
+const Docker = "docker"

@@ -187,6 +187,41 @@ func (tx *Tx) Hold(k Key, a netip.Addr, block netip.Prefix) error {
 	return put(tx, bucketHoldings, k.String(), append(held, Holding{Addr: a, Block: block}))
 }
 
+// Transfer makes k the holder of an address that another attachment holds. ErrNotFound when none does.
+func (tx *Tx) Transfer(a netip.Addr, k Key) error {
+	owner, err := tx.Owner(a)
+	if err != nil || owner == k {
+		return err
+	}
+	if err := k.check(); err != nil {
+		return err
+	}
+	from, err := tx.Held(owner)
+	if err != nil {
+		return err
+	}
+	at := slices.IndexFunc(from, func(h Holding) bool { return h.Addr == a })
+	if at < 0 {
+		return invalid("%s is held by %s, which does not know of it", a, owner)
+	}
+	to, err := tx.Held(k)
+	if err != nil {
+		return err
+	}
+	if err := put(tx, bucketHoldings, k.String(), append(to, from[at])); err != nil {
+		return err
+	}
+	if from = slices.Delete(from, at, at+1); len(from) == 0 {
+		err = tx.bolt.Bucket(bucketHoldings).Delete([]byte(owner.String()))
+	} else {
+		err = put(tx, bucketHoldings, owner.String(), from)
+	}
+	if err != nil {
+		return err
+	}
+	return tx.bolt.Bucket(bucketOwners).Put([]byte(a.String()), []byte(k.String()))
+}
+
 // Release takes back all addresses of k and returns them. None held is not an error.
 func (tx *Tx) Release(k Key) ([]netip.Addr, error) {
 	held, err := tx.Held(k)

@@ -52,9 +52,20 @@ type Endpoint struct {
 	PodNamespace string            `json:"podNamespace,omitempty"`
 	PodUID       string            `json:"podUID,omitempty"`
 	Labels       map[string]string `json:"labels,omitempty"`
-	IPAM         string            `json:"ipam,omitempty"`    // "caracal", or the foreign plugin's type
+	IPAM         string            `json:"ipam,omitempty"`     // "caracal", "docker", or the foreign plugin's type
+	Profiles     []string          `json:"profiles,omitempty"` // that decide about it when no tier does
+	Docker       *Docker           `json:"docker,omitempty"`
 	Adopted      bool              `json:"adopted,omitempty"` // Calico's plugin has made it
 	Created      time.Time         `json:"created"`
+}
+
+// Docker is what is known of an endpoint of Docker's besides.
+type Docker struct {
+	NetworkID string     `json:"networkID"`
+	Network   string     `json:"network,omitempty"`   // its name, once it is known
+	Container string     `json:"container,omitempty"` // its id, once it is known; Key.ContainerID is the endpoint's
+	Interface string     `json:"interface,omitempty"` // in the container, once it is there: "cali0"
+	Gateway   netip.Addr `json:"gateway"`             // of the interface; each of a container has its own
 }
 
 // PutEndpoint writes an endpoint, over one of the same key.
