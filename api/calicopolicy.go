@@ -254,6 +254,9 @@ type NetworkSet struct {
 // Complete has nothing to validate: each network does it itself.
 func (s *NetworkSet) Complete(string) error { return nil }
 
+// DockerNetworkAnnotation is on the Profile of a Docker network: how people call the network.
+const DockerNetworkAnnotation = "caracal.dev/docker-network"
+
 // Profile is rules, and labels, of the endpoints that name it. Its rules decide when no tier does.
 type Profile struct {
 	Ingress       []Rule            `json:"ingress,omitempty"`

@@ -15,6 +15,7 @@ import (
 	"github.com/caracal-net/caracal/api/selector"
 	"github.com/caracal-net/caracal/cmd/caracald/ctl"
 	"github.com/caracal-net/caracal/cni"
+	"github.com/caracal-net/caracal/docker"
 	"github.com/caracal-net/caracal/internal/fault"
 	"github.com/caracal-net/caracal/maps"
 )
@@ -26,6 +27,7 @@ func runAgent(ctx context.Context, args []string) int {
 	var log logFlags
 	var ip4, ip6, ports string
 	var labels []string
+	d := docker.Config{Step: fault.Step}
 	cmd := &cobra.Command{
 		Use:   "caracald",
 		Short: "Caracal's agent on a node",
@@ -63,7 +65,7 @@ neither the store is a file of this machine alone.`,
 				return err
 			}
 			debug.SetMemoryLimit(256 << 20) // soft: above it garbage is collected sooner, with many routes
-			return errors.Join(agent.Run(cmd.Context(), c, s), s.Close())
+			return errors.Join(serve(cmd.Context(), c, d, s), s.Close())
 		},
 	}
 	host, _ := os.Hostname()
@@ -85,6 +87,7 @@ neither the store is a file of this machine alone.`,
 	f.StringVar(&c.Health, "health", "127.0.0.1:9099", "`ADDRESS` of /health, /liveness and /readiness; empty: nowhere")
 	f.StringVar(&c.Metrics, "metrics", "127.0.0.1:9091", "`ADDRESS` of /metrics; empty: nowhere")
 	log.add(f)
+	addDockerFlags(f, &d)
 	cmd.SetArgs(args)
 	if err := cmd.ExecuteContext(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, "caracald:", err)

@@ -30,6 +30,7 @@ var may = map[string][]string{
 	"enforce": {"maps", "node", "api", "policy", "commit"},
 	"whatif":  {"loader", "maps", "policy", "commit"},
 	"agent":   {"bgp", "store", "cni", "loader", "maps", "ipam", "node", "policy", "commit", "enforce", "api"},
+	"docker":  {"cni", "ipam", "node", "store", "api"},
 	"cni":     {"loader", "maps", "ipam", "node", "policy", "commit", "enforce", "api"},
 }
 
@@ -42,10 +43,11 @@ var owners = map[string][]string{
 	"go.etcd.io/etcd":                 {"store"},
 	"k8s.io/client-go":                {"kube"},
 	"github.com/containernetworking/": {"cni"},
+	"github.com/docker/":              {"docker"},
 }
 
 // neverInPlugin must not be linked into the CNI plugin: its start-up time and size are part of ADD's latency.
-var neverInPlugin = []string{"github.com/osrg/gobgp", "go.etcd.io/etcd", "k8s.io/", "github.com/spf13/cobra"}
+var neverInPlugin = []string{"github.com/osrg/gobgp", "go.etcd.io/etcd", "k8s.io/", "github.com/spf13/cobra", "github.com/docker/"}
 
 type pkg struct {
 	ImportPath string
