@@ -174,7 +174,7 @@ func allAttached(dir, ifname string, ifindex int, all []hook) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		got, by, err := attached(dir, ifname, ifindex, h)
+		got, by, err := attached(dir, ifname, ifindex, h, want)
 		switch {
 		case err != nil:
 			return "", err
@@ -190,25 +190,38 @@ func allAttached(dir, ifname string, ifindex int, all []hook) (string, error) {
 	return how, nil
 }
 
-// attached returns the id of the program on one hook and how it got there, "" when it is not.
-func attached(dir, ifname string, ifindex int, h hook) (ebpf.ProgramID, string, error) {
+// attached returns the id of the program on one hook, which should be want, and how it got there, "" when there is none.
+func attached(dir, ifname string, ifindex int, h hook, want ebpf.ProgramID) (ebpf.ProgramID, string, error) {
+	id, err := attachedTCX(dir, ifname, ifindex, h)
+	if err != nil || id == want {
+		return id, ByTCX, err
+	}
+	quick, err := tc.Here().Attached(ifindex, h.clsact)
+	if err != nil || ebpf.ProgramID(quick) == want {
+		return want, ByClsact, err
+	}
+	// Settle, which moves nothing back, may have been at work between the two looks: a placeholder there, nothing here.
+	if id, err = attachedTCX(dir, ifname, ifindex, h); err != nil || id != 0 {
+		return id, ByTCX, err
+	}
+	if quick != 0 {
+		return ebpf.ProgramID(quick), ByClsact, nil
+	}
+	return 0, "", nil
+}
+
+// attachedTCX returns the id of the program of a hook's link, 0 when there is no link.
+func attachedTCX(dir, ifname string, ifindex int, h hook) (ebpf.ProgramID, error) {
 	l, err := openLink(dir, ifname, h.program, ifindex)
+	if err != nil || l == nil {
+		return 0, err
+	}
+	defer l.Close()
+	info, err := l.Info()
 	if err != nil {
-		return 0, "", err
+		return 0, fmt.Errorf("read link of %s: %w", ifname, err)
 	}
-	if l != nil {
-		defer l.Close()
-		info, err := l.Info()
-		if err != nil {
-			return 0, "", fmt.Errorf("read link of %s: %w", ifname, err)
-		}
-		return info.Program, ByTCX, nil
-	}
-	id, err := tc.Here().Attached(ifindex, h.clsact)
-	if err != nil || id == 0 {
-		return 0, "", err
-	}
-	return ebpf.ProgramID(id), ByClsact, nil
+	return info.Program, nil
 }
 
 // Settle moves an interface's from_pod from clsact to TCX, which every packet of the pod gains by. to_pod stays where it

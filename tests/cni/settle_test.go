@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -80,6 +81,28 @@ func TestSettle(t *testing.T) {
 	b.settled()
 	a.ping(b.addr(true))
 	eventually(t, "the settler ends by itself", h.busy)
+
+	// Whoever looks while they move sees them attached.
+	var moving []*pod
+	for range 8 {
+		moving = append(moving, h.pod().add())
+	}
+	all := slices.Clone(moving)
+	for end := time.Now().Add(time.Minute); len(moving) > 0; {
+		moving = slices.DeleteFunc(moving, func(p *pod) bool {
+			by, err := p.by()
+			if err != nil {
+				t.Errorf("while it settles: %v", err)
+			}
+			return by != loader.ByClsact
+		})
+		if time.Now().After(end) {
+			t.Fatalf("%d do not settle", len(moving))
+		}
+	}
+	for _, p := range all {
+		p.del()
+	}
 	a.del()
 	b.del()
 	h.clean()
