@@ -79,7 +79,7 @@ func boot(t testing.TB, cfg lab.Config) []*machine {
 		must(t, err)
 		t.Cleanup(m.disconnect) // before the lab goes down
 		m.sh(`mkdir -p /opt/cni/bin /etc/containerd
-			ln -s /usr/lib/cni/loopback /usr/lib/cni/portmap /usr/lib/cni/bandwidth /opt/cni/bin/
+			ln -s /usr/lib/cni/* /opt/cni/bin/
 			ln -s /root/caracal/caracald /root/caracal/caracalctl /usr/local/bin/`)
 		m.write("/etc/containerd/config.toml", config)
 		all = append(all, m)
@@ -249,37 +249,54 @@ func (p *pod) netns() string {
 	return ""
 }
 
-// inside is a pod that is asked to do something without its runtime.
+// inside is a pod that is told to do something without its runtime, by the machine's programs in the pod's network.
 type inside struct{ *pod }
+
+func (p inside) exec(script string) (string, error) {
+	return p.m.Sh(p.m.t.Context(), "nsenter --net="+p.netns()+" sh -c "+quote(script))
+}
+
+// quote makes one word of the shell's of s.
+func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
 
 // fetch asks for a page. Debian's wget of busybox-static does not work.
 func fetch(to string, port int) string {
 	return fmt.Sprintf(`printf 'GET / HTTP/1.0\r\n\r\n' | busybox nc -w 3 %s %d | tail -n 1`, to, port)
 }
 
-// reached makes sure that a pod answers at an address, when it is asked from places: pods, machines or the outside.
+// reached makes sure that the pod answers at an address, when it is asked from places.
 func (p *pod) reached(to string, port int, from ...any) {
 	p.m.t.Helper()
+	reached(p.m.t, p.name(), to, port, from...)
+}
+
+// asker is a pod or container that can be told to do something.
+type asker interface {
+	name() string
+	exec(script string) (string, error)
+}
+
+// reached makes sure that who answers at an address, when it is asked from places: askers, machines or the outside.
+func reached(t testing.TB, who, to string, port int, from ...any) {
+	t.Helper()
 	for _, f := range from {
-		where := ""
-		eventually(p.m.t, fmt.Sprintf("%s answers at %s port %d", p.name(), to, port), func() error {
-			var out string
+		eventually(t, fmt.Sprintf("%s answers at %s port %d", who, to, port), func() error {
+			var where, out string
 			var err error
 			switch f := f.(type) {
-			case *pod:
+			case asker:
 				where = f.name()
 				out, err = f.exec(fetch(to, port))
-			case inside:
-				where = "the network of " + f.name()
-				out, err = f.m.Sh(p.m.t.Context(), "nsenter --net="+f.netns()+" sh -c '"+strings.ReplaceAll(fetch(to, port), "'", `"`)+"'")
 			case *machine:
 				where = f.Name
-				out, err = f.Sh(p.m.t.Context(), fetch(to, port))
+				out, err = f.Sh(t.Context(), fetch(to, port))
 			case lab.Namespace:
 				where = "outside"
-				out, err = f.Exec(p.m.t.Context(), "sh", "-c", fetch(to, port))
+				out, err = f.Exec(t.Context(), "sh", "-c", fetch(to, port))
+			default:
+				t.Fatalf("nothing asks from a %T", f)
 			}
-			if out = strings.TrimSpace(out); err == nil && out != p.name() {
+			if out = strings.TrimSpace(out); err == nil && out != who {
 				err = fmt.Errorf("%q answers", out)
 			}
 			if err != nil {
