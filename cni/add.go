@@ -115,6 +115,10 @@ func (a *adding) validate() (err error) {
 	if mac == nil {
 		mac = randomMAC()
 	}
+	ports, err := a.c.ports()
+	if err != nil {
+		return err
+	}
 	if a.c.ownIPAM() {
 		if a.pools, err = a.c.pools(); err != nil {
 			return err
@@ -128,7 +132,7 @@ func (a *adding) validate() (err error) {
 	}
 	a.veth = &veth{hostName: HostIfName(a.env, a.c.Name), podName: a.env.IfName, mac: mac, hostMAC: hostMAC, mtu: a.c.mtu(a.sides.host)}
 	a.record = node.Endpoint{
-		Key: a.key, Netns: a.env.Netns, Shaped: a.c.shaped(), IPAM: ipam.Name, Labels: a.c.labels(),
+		Key: a.key, Netns: a.env.Netns, Shaped: a.c.shaped(), IPAM: ipam.Name, Labels: a.c.labels(), Ports: ports,
 		PodName: a.env.Args["K8S_POD_NAME"], PodNamespace: a.env.Args["K8S_POD_NAMESPACE"], PodUID: a.env.Args["K8S_POD_UID"],
 	}
 	if !a.c.ownIPAM() {
@@ -396,6 +400,9 @@ func (a *adding) recordOnce(ctx context.Context) (old []node.Endpoint, err error
 			return err
 		}
 		if err := a.freeName(); err != nil {
+			return err
+		}
+		if err := a.freePorts(tx); err != nil {
 			return err
 		}
 		if a.c.ownIPAM() {

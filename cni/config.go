@@ -118,7 +118,8 @@ type RuntimeConfig struct {
 		Searches []string `json:"searches"`
 		Options  []string `json:"options"`
 	} `json:"dns"`
-	PodAnnotations annotations `json:"io.kubernetes.cri.pod-annotations"` // of containerd's and CRI-O's CRI
+	PortMappings   []portMapping `json:"portMappings"`
+	PodAnnotations annotations   `json:"io.kubernetes.cri.pod-annotations"` // of containerd's and CRI-O's CRI
 }
 
 // annotations are those of a Kubernetes pod.

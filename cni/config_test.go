@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/caracal-net/caracal/node"
 )
 
 func env(values map[string]string) func(string) string {
@@ -92,6 +94,7 @@ func FuzzConfig(f *testing.F) {
 		`{"cniVersion":"1.0.0","name":"n","policy":{"unknown":"deny","type":"k8s"}}`,
 		`{"cniVersion":"1.0.0","name":"n","runtimeConfig":{"io.kubernetes.cri.pod-annotations":{"cni.projectcalico.org/ipAddrs":"[\"10.0.0.1\"]","cni.projectcalico.org/hwAddr":"02:00:00:00:00:01"}}}`,
 		`{"cniVersion":"1.0.0","name":"n","runtimeConfig":{"io.kubernetes.cri.pod-annotations":{"cni.projectcalico.org/ipAddrs":"10.0.0.1"}}}`,
+		`{"cniVersion":"1.0.0","name":"n","runtimeConfig":{"portMappings":[{"HostPort":8080,"ContainerPort":80,"Protocol":"tcp","HostIP":"0.0.0.0"},{"hostPort":0},{"hostPort":53,"protocol":"udp","hostIP":"::"}]}}`,
 		`{"name":"n"}`, `[]`, `{`, `null`, "\x00",
 	} {
 		f.Add([]byte(s))
@@ -114,6 +117,9 @@ func FuzzConfig(f *testing.F) {
 		}
 		if valid, ok := c.valid(); !ok && valid != nil {
 			t.Fatal("no list, yet one")
+		}
+		if ports, err := c.ports(); err == nil && slices.ContainsFunc(ports, func(p node.HostPort) bool { return p.Port == 0 || p.String() == "" || !p.Overlaps(p) }) {
+			t.Fatalf("ports %v", ports)
 		}
 		c.shaped()
 		c.labels()

@@ -27,7 +27,7 @@ const (
 	codeInternal     = 100
 	codeExhausted    = 101 // no address left
 	codeAddress      = 102 // the requested address can't be given
-	codeConflict     = 103 // an interface of that name exists
+	codeConflict     = 103 // an interface of that name exists, or a port is published
 	codeInconsistent = 104 // CHECK found a difference
 	codeKernel       = 105
 	codeState        = 106 // node.db or the pinned maps can't be used

@@ -54,9 +54,33 @@ type Endpoint struct {
 	Labels       map[string]string `json:"labels,omitempty"`
 	IPAM         string            `json:"ipam,omitempty"`     // "caracal", "docker", or the foreign plugin's type
 	Profiles     []string          `json:"profiles,omitempty"` // that decide about it when no tier does
+	Ports        []HostPort        `json:"ports,omitempty"`    // of the host, that a later plugin publishes its own at
 	Docker       *Docker           `json:"docker,omitempty"`
 	Adopted      bool              `json:"adopted,omitempty"` // Calico's plugin has made it
 	Created      time.Time         `json:"created"`
+}
+
+// HostPort is a port of the host.
+type HostPort struct {
+	Protocol string     `json:"protocol"`    // "tcp", "udp" or "sctp"
+	IP       netip.Addr `json:"ip,omitzero"` // none: every address of the host; unspecified: every one of its family
+	Port     uint16     `json:"port"`
+}
+
+// Overlaps tells whether a packet can be for both.
+func (p HostPort) Overlaps(o HostPort) bool {
+	if p.Protocol != o.Protocol || p.Port != o.Port {
+		return false
+	}
+	return !p.IP.IsValid() || !o.IP.IsValid() || p.IP == o.IP ||
+		p.IP.Is4() == o.IP.Is4() && (p.IP.IsUnspecified() || o.IP.IsUnspecified())
+}
+
+func (p HostPort) String() string {
+	if !p.IP.IsValid() {
+		return fmt.Sprintf("%d/%s", p.Port, p.Protocol)
+	}
+	return netip.AddrPortFrom(p.IP, p.Port).String() + "/" + p.Protocol
 }
 
 // Docker is what is known of an endpoint of Docker's besides.

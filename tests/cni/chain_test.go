@@ -234,7 +234,8 @@ func TestPortmap(t *testing.T) {
 		lab.Skip(t, "iptables has no nat table here: "+out)
 	}
 	outside := h.outside()
-	r := h.runtime("1.0.0", h.plugin(nil), object{"type": "portmap", "snat": true, "capabilities": object{"portMappings": true}})
+	told := object{"capabilities": object{"portMappings": true}}
+	r := h.runtime("1.0.0", h.plugin(told), object{"type": "portmap", "snat": true, "capabilities": object{"portMappings": true}})
 	ports := object{"portMappings": []object{{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}}}
 	web, other := r.add(ports), r.add(nil)
 	serve(t, web.ns, 80)
@@ -251,6 +252,27 @@ func TestPortmap(t *testing.T) {
 		if who, err := ask(other.ns, web.addr(false).String()+":80"); who != web.ns {
 			t.Errorf("%s, directly: %q, %v", round, who, err)
 		}
+	}
+	for _, taken := range []object{
+		{"hostPort": 8080, "containerPort": 81, "protocol": "tcp"}, {"HostPort": 8080, "ContainerPort": 80, "Protocol": "TCP", "HostIP": "198.51.100.1"},
+	} {
+		p := h.pod()
+		p.conf = object{"runtimeConfig": object{"portMappings": []object{taken}}}
+		p.fails(103, "of this host is published by pods/"+web.id+"/eth0 already", "ADD")
+	}
+	for _, free := range []object{
+		{"hostPort": 8081, "containerPort": 80, "protocol": "tcp"}, {"hostPort": 8080, "containerPort": 80, "protocol": "udp"}, {"hostPort": 0, "containerPort": 80},
+	} {
+		p := h.pod()
+		p.conf = object{"runtimeConfig": object{"portMappings": []object{free}}}
+		p.add().del()
+	}
+	for words, wrong := range map[string]object{
+		"70000 is no port": {"hostPort": 70000}, `protocol "ip" is none of`: {"hostPort": 1, "protocol": "ip"}, `hostIP "here" is not`: {"hostPort": 1, "hostIP": "here"},
+	} {
+		p := h.pod()
+		p.conf = object{"runtimeConfig": object{"portMappings": []object{wrong}}}
+		p.fails(7, words, "ADD")
 	}
 	r.del(web, ports)
 	if who, err := ask(outside, "198.51.100.1:8080"); err == nil {

@@ -140,7 +140,7 @@ func TestInstallAndUninstall(t *testing.T) {
 	}
 	equal(t, done(t, p.ok(nil, "install", "-o", "json")), `{"caracal": "installed", "caracal-ipam": "installed", "10-caracal.conflist": "installed"}`)
 	equal(t, p.network("10-caracal.conflist"), `{"cniVersion": "1.0.0", "name": "caracal", "plugins": [
-		{"type": "caracal", "capabilities": {"ips": true, "mac": true, "bandwidth": true}, "ipMasq": true,
+		{"type": "caracal", "capabilities": {"ips": true, "mac": true, "portMappings": true, "bandwidth": true, "io.kubernetes.cri.pod-annotations": true}, "ipMasq": true,
 			"log_file_path": "/var/log/caracal/cni.log", "log_file_max_size": 10, "log_file_max_age": 30, "log_file_max_count": 5,
 			"ipam": {"type": "caracal-ipam", "ipv4_pools": ["10.244.0.0/16"]}},
 		{"type": "portmap", "capabilities": {"portMappings": true}},
@@ -160,7 +160,7 @@ func TestInstallAndUninstall(t *testing.T) {
 	equal(t, done(t, p.ok([]string{"CALICO_DISABLE_FILE_LOGGING=true", "CNI_MTU=1450", "CALICO_IPV4POOL_CIDR=10.1.0.0/16", "CALICO_IPV6POOL_CIDR=fd00::/64", "CALICO_IPV4POOL_NAT_OUTGOING=false",
 		"KUBERNETES_NODE_NAME=n1"}, "install", "-o", "json", "--calico-names")),
 		`{"caracal": "replaced", "caracal-ipam": "unchanged", "calico": "installed", "calico-ipam": "installed", "10-caracal.conflist": "replaced"}`)
-	equal(t, p.network("10-caracal.conflist")["plugins"].([]any)[0], `{"type": "caracal", "capabilities": {"ips": true, "mac": true, "bandwidth": true}, "mtu": 1450, "nodename": "n1",
+	equal(t, p.network("10-caracal.conflist")["plugins"].([]any)[0], `{"type": "caracal", "capabilities": {"ips": true, "mac": true, "portMappings": true, "bandwidth": true, "io.kubernetes.cri.pod-annotations": true}, "mtu": 1450, "nodename": "n1",
 		"ipam": {"type": "caracal-ipam", "ipv4_pools": ["10.1.0.0/16"], "ipv6_pools": ["fd00::/64"]}}`)
 
 	// All four names are the plugin.

@@ -146,9 +146,7 @@ func (o *installOptions) writeNetwork(cmd *cobra.Command, pools []api.IPPool) ([
 			continue
 		}
 		plugins = append(plugins, plugin{Type: chained.name, Capabilities: capabilities{chained.capability: true}})
-		if chained.name == "bandwidth" {
-			own.Capabilities["bandwidth"] = true // its pods' packets go through their queues then
-		}
+		own.Capabilities[chained.capability] = true // shaped pods' packets go through their queues, and no port is published twice
 	}
 	text, err := json.MarshalIndent(struct {
 		CNIVersion string   `json:"cniVersion"` // containerd 1.6 and podman 4 know none later
