@@ -146,8 +146,9 @@ func (a *Agent) mesh(v *view, self *api.Node) ([]bgp.Peer, error) {
 // link is how two nodes reach each other in one family.
 type link struct{ ours, theirs netip.Addr }
 
-// passive tells whether the other node dials: one of the two does, so that no two connections meet.
-func (l link) passive() bool { return l.ours.Less(l.theirs) }
+// passive tells whether the other node dials: one of the two does, so that no two connections meet. The addresses are compared as
+// text, as Calico does: in a mesh with hosts of both they must agree on 10.0.0.9 and 10.0.0.10.
+func (l link) passive() bool { return l.ours.String() < l.theirs.String() }
 
 // links are those of the families that both nodes have.
 func links(self, other *api.Node) (both []link) {

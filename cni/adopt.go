@@ -529,6 +529,7 @@ func (a *Adoption) Take(ctx context.Context, p *CalicoPod) (err error) {
 		{"adopt-load", t.load},
 		{"adopt-record", func(ctx context.Context) error { return a.record(ctx, t, p) }},
 		{"adopt-sysctl", func(context.Context) error { return writeSysctls(t.sysctls) }},
+		{"adopt-pools", func(ctx context.Context) error { return t.insidePools(ctx, p.pools) }},
 		{"adopt-commit", t.commit},
 		{"adopt-policy", t.enforce},
 		{"adopt-attach", func(context.Context) error {
@@ -569,6 +570,33 @@ func (a *Adoption) record(ctx context.Context, t *adding, p *CalicoPod) error {
 		}
 		return tx.PutEndpoint(p.Endpoint)
 	})
+}
+
+// insidePools says in the maps that all addresses of the pools are inside, so that nothing is masqueraded on its way to another host's
+// pods: the host's own routes lead there until an agent knows better ones.
+func (t *adding) insidePools(ctx context.Context, pools []api.IPPool) error {
+	m, err := maps.Open(t.c.BPFFSDir)
+	if err != nil {
+		return err
+	}
+	defer m.Close()
+	lock, err := node.LockNode(ctx, t.c.StateDir)
+	if err != nil {
+		return err
+	}
+	defer lock.Unlock()
+	for _, pool := range pools {
+		if _, err := m.Route(pool.CIDR); !errors.Is(err, maps.ErrNotFound) {
+			if err != nil {
+				return err
+			}
+			continue // an agent's
+		}
+		if err := commit.PutRemote(m, maps.Route{Prefix: pool.CIDR, Kind: maps.RouteStack, InPool: true}); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // hold gives the pod the address that it has.
