@@ -139,10 +139,3 @@ func TestBlockSizeChanged(t *testing.T) {
 		v.blocks[b.CIDR] = Claim{Block: b}
 	}
 }
-
-func TestPassiveAsCalico(t *testing.T) {
-	nine, ten := netip.MustParseAddr("10.0.0.9"), netip.MustParseAddr("10.0.0.10")
-	if (link{ours: nine, theirs: ten}).passive() || !(link{ours: ten, theirs: nine}).passive() {
-		t.Error("10.0.0.10 waits for 10.0.0.9 in Calico's mesh, not here")
-	}
-}

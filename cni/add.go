@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -143,6 +144,9 @@ func (a *adding) validate() (err error) {
 		if !loader.HasTCX() {
 			return fail(codeKernel, "shaped bandwidth needs TCX, which Linux 6.6 brought")
 		}
+	}
+	if a.c.Type == "calico" {
+		a.mode = loader.TCX // Calico's networks chain the bandwidth plugin without telling the first one
 	}
 	return prepareBPFFS(a.c.BPFFSDir)
 }
@@ -437,6 +441,9 @@ func (a *adding) recordOnce(ctx context.Context) (old []node.Endpoint, err error
 				a.blocks = append(a.blocks, h.Block)
 			}
 			a.veth.addrs = addrs
+			if err := a.unused(); err != nil {
+				return err
+			}
 			masquerade4, masquerade6 = ipam.NATOutgoing(pools, addrs)
 			if a.c.MTU == 0 && slices.ContainsFunc(pools, api.IPPool.Encapsulates) {
 				a.veth.mtu = min(a.veth.mtu, tunnelMTU(a.sides.host))
@@ -466,6 +473,25 @@ func (a *adding) recordOnce(ctx context.Context) (old []node.Endpoint, err error
 		return old, err
 	}
 	return nil, a.timed("veth", func() error { return a.veth.create(a.sides) })
+}
+
+// unused makes sure that nothing on this host has an address that nobody is recorded with: a pod of Calico's that was not adopted,
+// or the host's end of a tunnel.
+func (a *adding) unused() error {
+	for _, addr := range a.veth.addrs {
+		routes, err := a.sides.host.RouteGet(addr.AsSlice())
+		if err != nil || len(routes) == 0 {
+			continue // unreachable, or a blackhole
+		}
+		name, err := nl.Name(routes[0].LinkIndex)
+		switch {
+		case routes[0].Type == unix.RTN_LOCAL:
+			return fail(codeTryAgain, "address %s is this host's own: remove it from its interface", addr)
+		case err == nil && strings.HasPrefix(name, "cali"):
+			return fail(codeTryAgain, "address %s is behind %s, of which nothing is recorded: a pod of Calico's? Take them over first (caracalctl adopt)", addr, name)
+		}
+	}
+	return nil
 }
 
 // freeName makes sure that no interface without a record has the host end's name: a record would make it ours to remove.

@@ -372,6 +372,9 @@ func (a *Adoption) assignable(p *CalicoPod) error {
 		if err != nil {
 			return err
 		}
+		if cfg.Cluster {
+			return errors.New("the store has no pools: import Calico's first (caracalctl import)")
+		}
 		if p.pools, err = cfg.Effective(); err != nil {
 			return err
 		}
@@ -720,6 +723,7 @@ func (a *Adoption) Return(ctx context.Context, e node.Endpoint) error {
 	if err := netlink.LinkSetGroup(l, 0); err != nil {
 		return fmt.Errorf("set group of %s: %w", e.HostIfName, err)
 	}
+	forgetUntranslated(e.Addrs)
 	if err := p.step("return-forget"); err != nil {
 		return err
 	}
@@ -729,6 +733,23 @@ func (a *Adoption) Return(ctx context.Context, e node.Endpoint) error {
 		}
 		return tx.DeleteEndpoint(e.Key)
 	})
+}
+
+// forgetUntranslated removes what the host's own connection tracking knows of addresses, but for what it translates: it has not seen
+// what went by the programs, and Calico's firewall would drop what comes now as invalid.
+func forgetUntranslated(addrs []netip.Addr) {
+	for _, a := range addrs {
+		_, _ = netlink.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(family(a)), untranslated(a))
+	}
+}
+
+// untranslated are the connections of an address in which neither side is translated.
+type untranslated netip.Addr
+
+// MatchConntrackFlow tells whether a connection is one.
+func (u untranslated) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
+	there, back, own := flow.Forward, flow.Reverse, net.IP(netip.Addr(u).AsSlice())
+	return (there.SrcIP.Equal(own) || there.DstIP.Equal(own)) && there.SrcIP.Equal(back.DstIP) && there.DstIP.Equal(back.SrcIP)
 }
 
 // calicoProtocol is what BIRD, and so Calico, marks its routes with (rtm_protocol, rtnetlink(7)).

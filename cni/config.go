@@ -322,7 +322,9 @@ func (c *Config) ownIPAM() bool {
 
 // pools is the configuration of our own IPAM.
 func (c *Config) pools() (ipam.Config, error) {
-	cfg := ipam.Config{Cluster: c.IPAM.Cluster}
+	// Calico's IPAM gives out of the datastore's pools where none are named.
+	calico := c.IPAM.Type == "calico-ipam" && len(c.IPAM.IPv4Pools)+len(c.IPAM.IPv6Pools) == 0
+	cfg := ipam.Config{Cluster: c.IPAM.Cluster || calico}
 	for _, f := range []struct {
 		key   string
 		list  []string
@@ -332,7 +334,7 @@ func (c *Config) pools() (ipam.Config, error) {
 		for _, s := range f.list {
 			p, err := netip.ParsePrefix(s)
 			if err != nil {
-				return cfg, fail(codeConfig, "ipam.%s: %q is not a CIDR such as 10.244.0.0/16", f.key, s)
+				return cfg, fail(codeConfig, "ipam.%s: %q is not a CIDR such as 10.244.0.0/16; a pool's name does not do", f.key, s)
 			}
 			if p.Addr().Is6() != f.v6 {
 				return cfg, fail(codeConfig, "ipam.%s: %s is of the other family", f.key, s)

@@ -28,8 +28,9 @@ const (
 // settler is the detached process that ADD leaves behind: it moves pods from clsact to TCX, picks up what later plugins of
 // the chain changed, and collects what pods without a DEL left. At most one runs for a state directory.
 type settler struct {
-	p *Plugin
-	c *Config
+	p      *Plugin
+	c      *Config
+	shaped map[int]bool // interfaces whose bandwidth another plugin of the chain shapes
 }
 
 // Settle runs a settler; arguments are --state-dir, --bpffs-dir and --boot-id-file.
@@ -66,6 +67,9 @@ func (s *settler) run(ctx context.Context) error {
 	}
 	endpoints, err := s.endpoints(ctx)
 	errs := []error{err}
+	if s.shaped, err = shapers(); err != nil {
+		errs = append(errs, err)
+	}
 	for _, e := range endpoints {
 		if err := s.waitQuiet(ctx, anyhow); err != nil { // an ADD that came meanwhile has waited for one pod, not for all
 			errs = append(errs, err)
@@ -174,7 +178,32 @@ func (s *settler) settle(ctx context.Context, e node.Endpoint) error {
 			return err
 		}
 	}
+	if s.shaped[ifindex] && !e.Shaped {
+		if err := s.amend(ctx, e, func(now *node.Endpoint) error {
+			now.Shaped = true
+			return nil
+		}, ifindex); err != nil {
+			return err
+		}
+		e.Shaped = true
+	}
 	return s.pickUpMAC(ctx, e, ifindex)
+}
+
+// shapers are the interfaces of this host with the qdiscs that the bandwidth plugin makes: tbf for what goes to the pod, ingress for
+// what comes from it.
+func shapers() (map[int]bool, error) {
+	qdiscs, err := nl.Dump(func() ([]netlink.Qdisc, error) { return netlink.QdiscList(nil) })
+	if err != nil {
+		return nil, fmt.Errorf("list qdiscs: %w", err)
+	}
+	found := make(map[int]bool)
+	for _, q := range qdiscs {
+		if q.Type() == "tbf" || q.Type() == "ingress" {
+			found[q.Attrs().LinkIndex] = true
+		}
+	}
+	return found, nil
 }
 
 // pickUpMAC follows a MAC address that was changed in the pod: in the host's permanent neighbour entries, in the maps
@@ -239,6 +268,19 @@ func settling(dir string) bool {
 }
 
 func (s *settler) changeMAC(ctx context.Context, host *netlink.Handle, e node.Endpoint, ifindex int, mac net.HardwareAddr) error {
+	return s.amend(ctx, e, func(now *node.Endpoint) error {
+		for _, a := range e.Addrs {
+			if err := setNeighbour(host, ifindex, a, mac); err != nil {
+				return err
+			}
+		}
+		now.MAC = mac.String()
+		return nil
+	}, ifindex)
+}
+
+// amend changes the record of a pod, and what the maps have of it, unless it was removed or replaced since we looked.
+func (s *settler) amend(ctx context.Context, e node.Endpoint, change func(now *node.Endpoint) error, ifindex int) error {
 	lock, err := node.LockNode(ctx, s.c.StateDir)
 	if err != nil {
 		return err
@@ -252,12 +294,7 @@ func (s *settler) changeMAC(ctx context.Context, host *netlink.Handle, e node.En
 	return db.Update(func(tx *node.Tx) error {
 		now, err := tx.Endpoint(e.Key)
 		if err != nil || now.MAC != e.MAC {
-			return nil // removed or replaced since we looked
-		}
-		for _, a := range e.Addrs {
-			if err := setNeighbour(host, ifindex, a, mac); err != nil {
-				return err
-			}
+			return nil
 		}
 		m, err := maps.Open(s.c.BPFFSDir)
 		if err != nil {
@@ -267,7 +304,9 @@ func (s *settler) changeMAC(ctx context.Context, host *netlink.Handle, e node.En
 		if _, err := m.Pod(uint32(ifindex)); errors.Is(err, maps.ErrNotFound) {
 			return nil // a DEL is at it; put back, it would be judged by no policy
 		}
-		now.MAC = mac.String()
+		if err := change(&now); err != nil {
+			return err
+		}
 		if err := commit.AddPod(m, commit.PodOf(now, ifindex)); err != nil {
 			return err
 		}

@@ -147,6 +147,8 @@ func TestCalico(t *testing.T) {
 		"policy": object{"type": "k8s"}, "kubernetes": object{"kubeconfig": "/etc/cni/net.d/calico-kubeconfig"},
 		"state_dir": h.state(), "bpffs_dir": h.pins(), "max_flows": 4096,
 	}
+	h.pod().fails(11, "start caracald", "ADD") // the datastore's pools are meant, which nobody has told this node
+	h.conf["ipam"] = object{"type": "calico-ipam", "assign_ipv4": "true", "assign_ipv6": "false", "ipv4_pools": []string{"10.244.0.0/16"}}
 	p, q := h.pod(), h.pod()
 	p.args = "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=web-0;K8S_POD_INFRA_CONTAINER_ID=x;K8S_POD_UID=u"
 	p.add()

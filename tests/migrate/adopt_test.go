@@ -331,7 +331,7 @@ func TestRefuses(t *testing.T) {
 	h.ctl("import -f /root/export.yaml --skip")
 	refused("is of a block of node h9, not of h1")
 	h.sh("rm -rf /var/lib/caracal")
-	h.write("/root/export.yaml", strings.ReplaceAll(export(hosts), "10.244.", "10.99."))
+	h.write("/root/export.yaml", strings.NewReplacer("10.244.", "10.99.", "10-244-", "10-99-").Replace(export(hosts)))
 	h.ctl("import -f /root/export.yaml")
 	refused("in no pool: import Calico's pools first")
 	h.sh("rm -rf /var/lib/caracal")
@@ -354,7 +354,6 @@ func TestRefuses(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "caracalctl adopt") {
 		t.Errorf("ADD with an address that Calico's pod has: %v", err)
 	}
-	must(t, (&pod{host: h, name: "new"}).ping(a.addr))
 }
 
 // TestIPv6 adopts a pod of both families: its gateway becomes another one.

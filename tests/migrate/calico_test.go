@@ -47,11 +47,11 @@ type host struct {
 
 // pod is one that Calico's plugin has attached.
 type pod struct {
-	host              *host
-	name, id, ifname  string // of the host's end
-	addr, addr6       netip.Addr
-	prevResult, conf  json.RawMessage
-	version, networks string
+	host             *host
+	name, id, ifname string // of the host's end
+	addr, addr6      netip.Addr
+	prevResult, conf json.RawMessage
+	version          string
 }
 
 // network is the file that Calico's manifest installs for Kubernetes, its placeholders filled in as Calico's image does.
@@ -96,6 +96,16 @@ func newHosts(t testing.TB, n int, caracal string) []*host {
 	testenv.NeedProgram(t, "etcd", "etcd-server")
 	testenv.NeedProgram(t, "bird", "bird2")
 	testenv.NeedProgram(t, "ipset", "ipset")
+	hosts := newMachines(t, n, caracal)
+	for i, h := range hosts {
+		h.becomeCalico(i+1, hosts)
+	}
+	return hosts
+}
+
+// newMachines boots machines without anything of Calico's.
+func newMachines(t testing.TB, n int, caracal string) []*host {
+	t.Helper()
 	l := lab.New(t, lab.Config{Hosts: n, Outside: true, Cluster: true, Caracal: caracal})
 	var hosts []*host
 	for _, lh := range l.Hosts() {
@@ -103,11 +113,7 @@ func newHosts(t testing.TB, n int, caracal string) []*host {
 		if err != nil {
 			t.Fatal(err)
 		}
-		h := &host{t: t, Machine: m}
-		hosts = append(hosts, h)
-	}
-	for i, h := range hosts {
-		h.becomeCalico(i+1, hosts)
+		hosts = append(hosts, &host{t: t, Machine: m})
 	}
 	return hosts
 }
