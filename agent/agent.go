@@ -10,11 +10,14 @@ import (
 	"log/slog"
 	stdmaps "maps"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/caracal-net/caracal/bgp"
+	"github.com/caracal-net/caracal/internal/holder"
 	"github.com/caracal-net/caracal/loader"
 	"github.com/caracal-net/caracal/maps"
 	"github.com/caracal-net/caracal/node"
@@ -28,8 +31,8 @@ type Config struct {
 	BPFFSDir   string
 	BootIDFile string // "": the kernel's
 	Socket     string // where caracalctl asks; "": nowhere
-	Health     string // address of /health, /liveness and /readiness; "": nowhere
-	Metrics    string // address of /metrics; "": nowhere
+	Health     string // address of /health, /liveness and /readiness, see DefaultHealth; "": nowhere
+	Metrics    string // address of /metrics, see DefaultMetrics; "": nowhere
 
 	IPv4, IPv6 netip.Prefix      // this node's addresses for its peers; zero: those of the interface with the default route
 	Labels     map[string]string // of this node, beside those that others gave it
@@ -43,6 +46,12 @@ type Config struct {
 
 	Step func(name string) error // injects faults; nil: none
 }
+
+// Where an agent answers others; the ports are those of Calico's.
+const (
+	DefaultHealth  = "127.0.0.1:9099"
+	DefaultMetrics = "127.0.0.1:9091"
+)
 
 const (
 	settleFor  = 50 * time.Millisecond // changes that come together are looked at together
@@ -88,7 +97,12 @@ type Problem struct {
 	About string    `json:"about"`
 	Text  string    `json:"text"`
 	Since time.Time `json:"since"`
+
+	told map[string]bool // texts that the log has; those of one problem may change to and fro
 }
+
+// mostTold is how many texts of one problem are logged; more are variations.
+const mostTold = 5
 
 // Run works until ctx ends; then it lets go of its peers without taking its routes back. The error says what kept it from
 // starting.
@@ -100,6 +114,11 @@ func Run(ctx context.Context, c Config, s store.Store) error {
 	if a.Log == nil {
 		a.Log = slog.New(slog.DiscardHandler)
 	}
+	lock, err := alone(c.StateDir)
+	if err != nil {
+		return err
+	}
+	defer lock.Unlock()
 	if err := a.prepare(); err != nil {
 		return err
 	}
@@ -108,10 +127,12 @@ func Run(ctx context.Context, c Config, s store.Store) error {
 	a.cluster = newCluster(a)
 	a.policies = newPolicies(a)
 	stop, err := a.serve(ctx)
+	if stop != nil {
+		defer stop()
+	}
 	if err != nil {
 		return err
 	}
-	defer stop()
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	ctx, cancel := context.WithCancel(ctx)
@@ -128,6 +149,20 @@ func Run(ctx context.Context, c Config, s store.Store) error {
 		return a.speaker.Close(true)
 	}
 	return nil
+}
+
+// alone makes sure that this is the node's only agent, until the lock is given back.
+func alone(dir string) (*node.Lock, error) {
+	const name = "agent.lock"
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("make the state directory: %w; make it possible, or name another (--state-dir)", err)
+	}
+	lock, err := node.TryLock(dir, name)
+	if errors.Is(err, node.ErrLocked) {
+		path := filepath.Join(dir, name)
+		return nil, fmt.Errorf("another agent of this node runs%s: it has locked %s; one runs on a node", paren(holder.Lock(path)), path)
+	}
+	return lock, err
 }
 
 // prepare makes sure that the programs are loaded, so that there are maps to write.
@@ -174,7 +209,7 @@ func (a *Agent) loop(ctx context.Context) {
 		}
 		next := rescan
 		if err := a.reconcile(ctx); err != nil && ctx.Err() == nil {
-			a.Log.Warn("reconcile", "error", err, "again in", retry)
+			a.Log.Debug("reconcile", "error", err, "again in", retry)
 			next, retry = retry, min(2*retry, retryTo)
 		} else {
 			retry = retryFrom
@@ -191,6 +226,9 @@ func (a *Agent) reconcile(ctx context.Context) error {
 	}
 	var errs []error
 	part := func(about string, err error) {
+		if ctx.Err() != nil { // what this agent does not wait for any more is no problem
+			return
+		}
 		a.problem(about, err)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", about, err))
@@ -209,7 +247,7 @@ func (a *Agent) reconcile(ctx context.Context) error {
 	part("blocks", err)
 	part("tunnel", a.setTunnel(ctx, v, self))
 	part("uplinks", a.attachUplinks(v, self))
-	unrouted := a.setNode()
+	unrouted := a.setNode(ctx)
 	part("node routes", unrouted)
 	part("masquerade", a.masquerade(ctx, v, self))
 	if own != nil { // else what an earlier agent announced stays
@@ -219,7 +257,7 @@ func (a *Agent) reconcile(ctx context.Context) error {
 			part("surplus blocks", a.release(ctx, surplus))
 		}
 	}
-	part("routes", a.routes.sync(v, own, a.tunnel))
+	part("routes", a.routes.sync(ctx, v, own, a.tunnel))
 	a.mu.Lock()
 	a.ready = len(errs) == 0
 	a.own, a.speaking = own, a.speaker
@@ -228,23 +266,29 @@ func (a *Agent) reconcile(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// problem notes what is wrong about something; nil: nothing any more.
+// problem notes what is wrong about something; nil: nothing any more. The log has it when it begins, when it has become another,
+// and when it is over.
 func (a *Agent) problem(about string, err error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	old, had := a.problems[about]
-	switch {
-	case err == nil && had:
-		delete(a.problems, about)
-		a.Log.Info("over", "about", about, "was", old.Text)
-	case err != nil && (!had || old.Text != err.Error()):
-		since := time.Now()
+	p, had := a.problems[about]
+	if err == nil {
 		if had {
-			since = old.Since
+			delete(a.problems, about)
+			a.Log.Info("over", "about", about, "was", p.Text, "for", time.Since(p.Since).Round(time.Millisecond).String())
 		}
-		a.problems[about] = Problem{about, err.Error(), since}
-		a.Log.Warn("problem", "about", about, "error", err)
+		return
 	}
+	if !had {
+		p = Problem{About: about, Since: time.Now(), told: make(map[string]bool)}
+	}
+	p.Text = err.Error()
+	a.problems[about] = p
+	level := slog.LevelDebug
+	if !p.told[p.Text] && len(p.told) < mostTold {
+		p.told[p.Text], level = true, slog.LevelWarn
+	}
+	a.Log.Log(context.Background(), level, "problem", "about", about, "error", err)
 }
 
 // watchLocal asks for a look whenever an ADD or a DEL wrote node.db.

@@ -187,8 +187,7 @@ func (a *Agent) findUplinks(v *view, self *api.Node) (map[string]int, error) {
 
 // setNode brings the node's own addresses and blocks up to date, in the maps and as blackhole routes in the kernel's table,
 // so that what no pod holds goes nowhere.
-func (a *Agent) setNode() error {
-	ctx := context.Background()
+func (a *Agent) setNode(ctx context.Context) error {
 	lock, err := node.LockNode(ctx, a.StateDir)
 	if err != nil {
 		return err

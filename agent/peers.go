@@ -6,14 +6,18 @@ import (
 	"errors"
 	"fmt"
 	stdmaps "maps"
+	"net"
 	"net/netip"
 	"os"
 	"slices"
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/caracal-net/caracal/api"
 	"github.com/caracal-net/caracal/bgp"
+	"github.com/caracal-net/caracal/internal/holder"
 )
 
 // peer makes the BGP speaker's peers and announcements equal to what the cluster says. announced: exactly own are, whatever the
@@ -51,6 +55,9 @@ func (a *Agent) speak(ctx context.Context, v *view, self *api.Node) error {
 		}
 		a.routes.restart()
 	}
+	if err := freePort(c); err != nil {
+		return err
+	}
 	speaker, err := bgp.Start(context.WithoutCancel(ctx), c, a.routes)
 	if err != nil {
 		return err
@@ -63,6 +70,28 @@ func (a *Agent) speak(ctx context.Context, v *view, self *api.Node) error {
 		case <-ctx.Done():
 		}
 	}()
+	return nil
+}
+
+// freePort makes sure that nobody else has the speaker's port: what the library tries to start and can't is never freed.
+func freePort(c bgp.Config) error {
+	port := c.ListenPort
+	if port == 0 {
+		port = bgp.DefaultPort
+	}
+	if port < 0 {
+		return nil
+	}
+	for _, at := range c.ListenAddresses {
+		l, err := net.Listen("tcp", netip.AddrPortFrom(at, uint16(port)).String())
+		if errors.Is(err, unix.EADDRINUSE) {
+			return fmt.Errorf("port %d is taken%s: end that, or give the agent another (--bgp-port, or listenPort of the BGPConfiguration)", port, holder.By(holder.Port("tcp", port)))
+		}
+		if err != nil {
+			return fmt.Errorf("listen for BGP: %w", err)
+		}
+		l.Close()
+	}
 	return nil
 }
 

@@ -127,7 +127,7 @@ func (r *routes) lookAgain() {
 }
 
 // sync writes what changed. What can't be written is tried again the next time.
-func (r *routes) sync(v *view, own []netip.Prefix, t tunnel) error {
+func (r *routes) sync(ctx context.Context, v *view, own []netip.Prefix, t tunnel) error {
 	r.mu.Lock()
 	whole, look := r.whole, r.look
 	r.whole, r.look = false, false
@@ -183,9 +183,9 @@ func (r *routes) sync(v *view, own []netip.Prefix, t tunnel) error {
 	}
 	r.mu.Unlock()
 	for batch := range slices.Chunk(slices.Collect(stdmaps.Keys(todo)), batchSize) {
-		errs = append(errs, r.write(batch, want)...)
+		errs = append(errs, r.write(ctx, batch, want)...)
 	}
-	errs = append(errs, r.putPools(v.nodes, own))
+	errs = append(errs, r.putPools(ctx, v.nodes, own))
 	if len(errs) > 3 {
 		errs = append(errs[:3], fmt.Errorf("and %d more", len(errs)-3))
 	}
@@ -196,8 +196,8 @@ func (r *routes) sync(v *view, own []netip.Prefix, t tunnel) error {
 const batchSize = 256
 
 // write writes some prefixes, under the node lock.
-func (r *routes) write(batch []netip.Prefix, want map[netip.Prefix]bgp.Route) (errs []error) {
-	lock, err := node.LockNode(context.Background(), r.a.StateDir)
+func (r *routes) write(ctx context.Context, batch []netip.Prefix, want map[netip.Prefix]bgp.Route) (errs []error) {
+	lock, err := node.LockNode(ctx, r.a.StateDir)
 	if err == nil {
 		defer lock.Unlock()
 	}
@@ -298,7 +298,7 @@ func (r *routes) put(route bgp.Route, hops map[netip.Addr]hop) error {
 // putPools keeps a route for each whole pool, so that what goes to an address in no known block is neither masqueraded nor
 // sent out; unless a wider learned route says who knows those blocks. With a tunnel it also keeps one for each other host's
 // address, which may come out of it.
-func (r *routes) putPools(nodes map[string]*api.Node, own []netip.Prefix) error {
+func (r *routes) putPools(ctx context.Context, nodes map[string]*api.Node, own []netip.Prefix) error {
 	want := make(map[netip.Prefix]maps.Route, len(r.pools))
 	r.mu.Lock()
 	for _, p := range r.pools {
@@ -332,7 +332,7 @@ func (r *routes) putPools(nodes map[string]*api.Node, own []netip.Prefix) error 
 	if stdmaps.Equal(want, r.pooled) {
 		return nil
 	}
-	lock, err := node.LockNode(context.Background(), r.a.StateDir)
+	lock, err := node.LockNode(ctx, r.a.StateDir)
 	if err != nil {
 		return err
 	}

@@ -78,7 +78,7 @@ func TestWithdrawnPool(t *testing.T) {
 	onHost(t, func(a *Agent) error {
 		v := &view{}
 		a.routes.Learned(bgp.Route{Prefix: prefix, NextHop: netip.MustParseAddr("192.0.2.2")})
-		if err := a.routes.sync(v, nil, tunnel{}); err != nil {
+		if err := a.routes.sync(t.Context(), v, nil, tunnel{}); err != nil {
 			return err
 		}
 		if got := kind(a); got != maps.RouteRemote {
@@ -86,14 +86,14 @@ func TestWithdrawnPool(t *testing.T) {
 		}
 		a.routes.pools = []api.IPPool{{CIDR: prefix}}
 		a.routes.Withdrawn(prefix) // after a sync has written what was learned, before it writes the pools
-		if err := a.routes.putPools(nil, nil); err != nil {
+		if err := a.routes.putPools(t.Context(), nil, nil); err != nil {
 			return err
 		}
 		if got := kind(a); got != maps.RoutePool {
 			t.Errorf("as the pool's it is %s", got)
 		}
 		for range 2 {
-			if err := a.routes.sync(&view{pools: a.routes.pools}, nil, tunnel{}); err != nil {
+			if err := a.routes.sync(t.Context(), &view{pools: a.routes.pools}, nil, tunnel{}); err != nil {
 				return err
 			}
 			if got := kind(a); got != maps.RoutePool {

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -10,10 +11,15 @@ import (
 	"net/http"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
+	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/caracal-net/caracal/bgp"
+	"github.com/caracal-net/caracal/internal/holder"
 	"github.com/caracal-net/caracal/internal/socket"
 	"github.com/caracal-net/caracal/internal/trace"
 )
@@ -54,23 +60,30 @@ func (a *Agent) status() Status {
 	return s
 }
 
-// serve answers on the socket and on the health and metrics addresses until stop is called.
+// serve answers on the socket, and on the health and metrics addresses as soon as they are free, until stop is called.
 func (a *Agent) serve(ctx context.Context) (stop func(), err error) {
-	var servers []*http.Server
-	stop = func() {
-		for _, s := range servers {
-			_ = s.Close() // it goes, whatever it says
+	web := []web{
+		{"health address", "--health", "/health", a.Health, a.health()},
+		{"metrics address", "--metrics", "/metrics", a.Metrics, a.metrics()},
+	}
+	for _, w := range web {
+		if err := w.check(); err != nil {
+			return nil, err
 		}
 	}
-	start := func(l net.Listener, h http.Handler) {
-		s := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, ErrorLog: slog.NewLogLogger(a.Log.Handler(), slog.LevelDebug)}
-		servers = append(servers, s)
-		go func() { _ = s.Serve(l) }() // ends when it is closed
+	var servers sync.WaitGroup
+	ctx, cancel := context.WithCancel(ctx)
+	stop = func() {
+		cancel()
+		servers.Wait()
 	}
 	if a.Socket != "" {
 		l, err := socket.Listen(a.Socket)
+		if errors.Is(err, socket.ErrInUse) {
+			return stop, fmt.Errorf("%w; one agent runs on a node", err)
+		}
 		if err != nil {
-			return nil, err
+			return stop, fmt.Errorf("%w; make that possible, or give another (--socket; agent_socket in the conflist, CARACAL_SOCKET for caracalctl)", err)
 		}
 		mux := http.NewServeMux()
 		mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, _ *http.Request) {
@@ -79,23 +92,76 @@ func (a *Agent) serve(ctx context.Context) (stop func(), err error) {
 		})
 		a.policies.handle(mux)
 		mux.HandleFunc("GET /v1/drops", a.serveDrops)
-		start(l, mux)
+		servers.Go(func() { a.answer(ctx, l, mux) })
 	}
-	for _, at := range []struct {
-		address string
-		handler http.Handler
-	}{{a.Health, a.health()}, {a.Metrics, a.metrics()}} {
-		if at.address == "" {
-			continue
+	for _, w := range web {
+		if w.address != "" {
+			servers.Go(func() { w.serve(ctx, a) })
 		}
-		l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", at.address)
-		if err != nil {
-			stop()
-			return nil, fmt.Errorf("listen on %s: %w", at.address, err)
-		}
-		start(l, at.handler)
 	}
 	return stop, nil
+}
+
+// answer answers those who come until ctx ends.
+func (a *Agent) answer(ctx context.Context, l net.Listener, h http.Handler) {
+	s := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, ErrorLog: slog.NewLogLogger(a.Log.Handler(), slog.LevelDebug)}
+	defer context.AfterFunc(ctx, func() { _ = s.Close() })() // it goes, whatever it says
+	_ = s.Serve(l)                                           // ends when it is closed
+}
+
+// web is an address on which the agent answers others than Caracal's own programs. It can do without them: a port that another
+// program has is a problem, not the agent's end.
+type web struct {
+	about, flag, path, address string
+	handler                    http.Handler
+}
+
+// check makes sure that the address can be meant.
+func (w web) check() error {
+	if w.address == "" {
+		return nil
+	}
+	if _, port, err := net.SplitHostPort(w.address); err == nil {
+		if n, err := strconv.ParseUint(port, 10, 16); err == nil && n > 0 {
+			return nil
+		}
+	}
+	return fmt.Errorf("%s %q: write it as 127.0.0.1:9099, or as \"\" for nowhere", w.flag, w.address)
+}
+
+// serve serves on the address, as soon as it can be had, until ctx ends.
+func (w web) serve(ctx context.Context, a *Agent) {
+	for {
+		l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", w.address)
+		if err == nil {
+			a.problem(w.about, nil)
+			a.answer(ctx, l, w.handler)
+			return
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		a.problem(w.about, w.taken(err))
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(rescan):
+		}
+	}
+}
+
+// taken says why an address can't be had, and the way out.
+func (w web) taken(err error) error {
+	_, port, _ := net.SplitHostPort(w.address)
+	switch n, _ := strconv.Atoi(port); {
+	case errors.Is(err, unix.EADDRINUSE):
+		err = fmt.Errorf("port %d is taken%s: end that, or give the agent another (%s)", n, holder.By(holder.Port("tcp", n)), w.flag)
+	case errors.Is(err, unix.EADDRNOTAVAIL):
+		err = fmt.Errorf("%s is no address of this host: give the agent another (%s)", w.address, w.flag)
+	case errors.Is(err, unix.EACCES):
+		err = fmt.Errorf("port %d may not be listened on by this user: give the agent another (%s)", n, w.flag)
+	}
+	return fmt.Errorf("%s is not served: %w", w.path, err)
 }
 
 // traced logs what was done for a request since begin: that is of interest to whoever follows the trace that it belongs to.
@@ -113,6 +179,13 @@ func (a *Agent) traced(r *http.Request, done string, begin time.Time, failed err
 		level = slog.LevelInfo
 	}
 	a.Log.Log(r.Context(), level, done, append(attrs, caller.Child().LogAttrs()...)...)
+}
+
+func paren(s string) string {
+	if s == "" {
+		return ""
+	}
+	return " (" + s + ")"
 }
 
 // health answers like calico-node's: liveness is that we answer, readiness that the node is as the store wants it. What is

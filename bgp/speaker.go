@@ -310,4 +310,4 @@ func (s *Speaker) Close(graceful bool) error {
 	}
 }
 
-const closePatience = 5 * time.Second
+const closePatience = time.Second

@@ -4,13 +4,12 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
-	"strings"
 
 	bolterrors "go.etcd.io/bbolt/errors"
 	"golang.org/x/sys/unix"
 
 	"github.com/caracal-net/caracal/internal/boltfile"
+	"github.com/caracal-net/caracal/internal/holder"
 )
 
 var (
@@ -20,7 +19,7 @@ var (
 	// an empty one; addresses of pods that run then may be given out again, so restart them too.
 	ErrCorrupt = errors.New("node database is corrupt; move it away to start an empty one, and restart this node's pods")
 	// ErrReadOnly says that the database can't be written where it lies.
-	ErrReadOnly = errors.New("node database can't be written")
+	ErrReadOnly = errors.New("node database can't be written; make its directory writable, or name another (state_dir in the conflist, --state-dir of caracald)")
 	// ErrNoSpace says that the file system is full.
 	ErrNoSpace = errors.New("no space left for the node database")
 	// ErrVersion says that a newer Caracal wrote the database.
@@ -37,7 +36,7 @@ func classify(path string, err error) error {
 	case err == nil, errors.Is(err, ErrCorrupt):
 		return err
 	case errors.Is(err, bolterrors.ErrTimeout):
-		return fmt.Errorf("%s: %w%s", path, ErrLocked, holder(path))
+		return fmt.Errorf("%s: %w%s", path, ErrLocked, holder.By(holder.Lock(path)))
 	case boltfile.IsCorrupt(err):
 		return fmt.Errorf("%s: %w (%w)", path, ErrCorrupt, err)
 	case boltfile.IsErrno(err, unix.ENOSPC), boltfile.IsErrno(err, unix.EDQUOT):
@@ -47,24 +46,4 @@ func classify(path string, err error) error {
 		return fmt.Errorf("%s: %w (%w)", path, ErrReadOnly, err)
 	}
 	return fmt.Errorf("%s: %w", path, err)
-}
-
-// holder names the process that locks path, as far as /proc/locks tells.
-func holder(path string) string {
-	var st unix.Stat_t
-	if unix.Stat(path, &st) != nil {
-		return ""
-	}
-	locks, err := os.ReadFile("/proc/locks")
-	if err != nil {
-		return ""
-	}
-	inode := fmt.Sprintf(":%d", st.Ino)
-	for line := range strings.Lines(string(locks)) {
-		f := strings.Fields(line)
-		if len(f) >= 6 && f[1] == "FLOCK" && strings.HasSuffix(f[5], inode) {
-			return " by process " + f[4]
-		}
-	}
-	return ""
 }

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/caracal-net/caracal/internal/holder"
 	"github.com/caracal-net/caracal/internal/turn"
 )
 
@@ -36,7 +37,7 @@ func lockFile(ctx context.Context, path string, write bool, wait time.Duration) 
 		// Not naming the holder: reading /proc/locks waits for an RCU grace period, 10 to 20 ms.
 		return nil, fmt.Errorf("%s: %w", path, ErrLocked)
 	case errors.Is(err, turn.ErrTimeout), ctx.Err() != nil && errors.Is(err, ctx.Err()):
-		return nil, fmt.Errorf("%s: %w%s", path, ErrLocked, holder(path))
+		return nil, fmt.Errorf("%s: %w%s", path, ErrLocked, holder.By(holder.Lock(path)))
 	}
 	return nil, classify(path, err)
 }

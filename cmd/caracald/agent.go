@@ -60,12 +60,14 @@ neither the store is a file of this machine alone.`,
 			if err := errors.Join(errLog, err4, err6, errLabels, errPorts, errVXLAN); err != nil {
 				return err
 			}
-			s, err := ctl.OpenStore(cmd.Context(), config, c.StateDir)
-			if err != nil {
-				return err
-			}
 			debug.SetMemoryLimit(256 << 20) // soft: above it garbage is collected sooner, with many routes
-			return errors.Join(serve(cmd.Context(), c, d, s), s.Close())
+			c.Log.Info("begins", "version", ctl.Version, "node", c.Node)
+			if err := serveStore(cmd.Context(), config, c, d); err != nil {
+				c.Log.Error("ends", "error", err)
+				return errLogged
+			}
+			c.Log.Info("ends")
+			return nil
 		},
 	}
 	host, _ := os.Hostname()
@@ -84,16 +86,31 @@ neither the store is a file of this machine alone.`,
 	f.StringVar(&c.BPFFSDir, "bpffs-dir", ctl.FromEnv("CARACAL_BPFFS_DIR", cni.DefaultBPFFSDir), "`DIR` that holds the pinned maps and programs (env CARACAL_BPFFS_DIR)")
 	f.StringVar(&c.BootIDFile, "boot-id-file", os.Getenv("CARACAL_BOOT_ID_FILE"), "`FILE` with the boot id of a simulated node (env CARACAL_BOOT_ID_FILE)")
 	f.StringVar(&c.Socket, "socket", ctl.FromEnv("CARACAL_SOCKET", cni.DefaultSocket), "`SOCKET` on which caracalctl asks (env CARACAL_SOCKET)")
-	f.StringVar(&c.Health, "health", "127.0.0.1:9099", "`ADDRESS` of /health, /liveness and /readiness; empty: nowhere")
-	f.StringVar(&c.Metrics, "metrics", "127.0.0.1:9091", "`ADDRESS` of /metrics; empty: nowhere")
+	f.StringVar(&c.Health, "health", agent.DefaultHealth, "`ADDRESS` of /health, /liveness and /readiness; empty: nowhere")
+	f.StringVar(&c.Metrics, "metrics", agent.DefaultMetrics, "`ADDRESS` of /metrics; empty: nowhere")
 	log.add(f)
 	addDockerFlags(f, &d)
 	cmd.SetArgs(args)
-	if err := cmd.ExecuteContext(ctx); err != nil {
-		fmt.Fprintln(os.Stderr, "caracald:", err)
-		return ctl.ExitError
+	err := cmd.ExecuteContext(ctx)
+	if err == nil {
+		return ctl.ExitOK
 	}
-	return ctl.ExitOK
+	if !errors.Is(err, errLogged) {
+		fmt.Fprintln(os.Stderr, "caracald:", err)
+	}
+	return ctl.ExitError
+}
+
+// errLogged says that the log has the error.
+var errLogged = errors.New("see the log")
+
+// serveStore is serve with the store that there is.
+func serveStore(ctx context.Context, config string, c agent.Config, d docker.Config) error {
+	s, err := ctl.OpenStore(ctx, config, c.StateDir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(serve(ctx, c, d, s), s.Close())
 }
 
 func splitList(s string) []string {

@@ -4,22 +4,33 @@ package socket
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
+
+	"github.com/caracal-net/caracal/internal/holder"
 )
 
 // ErrInUse says that another program answers on a socket.
-var ErrInUse = errors.New("another agent answers there; one runs on a node")
+var ErrInUse = errors.New("another program answers there")
 
-// Listen listens on a socket that only root may use, in place of one that a killed agent left. It makes the socket's directory.
+// Listen listens on a socket that only root may use, in place of one that a killed program left. It makes the socket's directory.
+// What is there and is no socket stays. ErrInUse.
 func Listen(path string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, fmt.Errorf("make directory of socket: %w", err)
 	}
+	if st, err := os.Lstat(path); err == nil && st.Mode().Type() != fs.ModeSocket {
+		return nil, fmt.Errorf("%s is no socket, and stays", path)
+	}
 	if c, err := net.Dial("unix", path); err == nil {
-		c.Close()
-		return nil, fmt.Errorf("%s: %w", path, ErrInUse)
+		defer c.Close()
+		err = ErrInUse
+		if who := holder.Peer(c.(*net.UnixConn)); who != "" {
+			err = fmt.Errorf("%w: %s", ErrInUse, who)
+		}
+		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("remove old socket: %w", err)

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"net/url"
@@ -310,7 +311,7 @@ func readFile(file string) (spec, error) {
 	if file == "" {
 		return spec{}, nil
 	}
-	b, err := os.ReadFile(file)
+	b, err := read(file)
 	if errors.Is(err, fs.ErrNotExist) && file == CalicoFile {
 		return spec{}, nil
 	}
@@ -322,6 +323,22 @@ func readFile(file string) (spec, error) {
 		return spec{}, fmt.Errorf("%w: %s: %w", ErrConfig, file, err)
 	}
 	return s, nil
+}
+
+// maxFile is the most that is read of a file, bytes.
+const maxFile = 1 << 20
+
+func read(file string) ([]byte, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	if err == nil && len(b) > maxFile {
+		err = fmt.Errorf("%s: larger than %d bytes: that says not where a store is", file, maxFile)
+	}
+	return b, err
 }
 
 // parse reads YAML or JSON.

@@ -79,6 +79,9 @@ func fileFlag(cmd *cobra.Command, file *string) {
 	_ = cmd.Flags().MarkHidden("filename") // the flag exists
 }
 
+// maxManifest is the most that is read of resources at once, bytes: some ten thousand policies.
+const maxManifest = 32 << 20
+
 func readManifest(cmd *cobra.Command, file string) ([]api.Resource, error) {
 	data, err := readFile(cmd, file)
 	if err != nil {
@@ -93,16 +96,25 @@ func readManifest(cmd *cobra.Command, file string) ([]api.Resource, error) {
 
 // readFile reads what -f names.
 func readFile(cmd *cobra.Command, file string) (data []byte, err error) {
+	in := cmd.InOrStdin()
 	switch file {
 	case "":
 		return nil, usagef("say which file (-f FILE, or -f - for stdin)")
 	case "-":
-		data, err = io.ReadAll(cmd.InOrStdin())
 	default:
-		data, err = os.ReadFile(file)
+		f, err := os.Open(file)
+		if err != nil {
+			return nil, fmt.Errorf("read resources: %w", err)
+		}
+		defer f.Close()
+		in = f
 	}
+	data, err = io.ReadAll(io.LimitReader(in, maxManifest+1))
 	if err != nil {
 		return nil, fmt.Errorf("read resources: %w", err)
+	}
+	if len(data) > maxManifest {
+		return nil, fmt.Errorf("read resources: %s: larger than %d MB, the most that is read at once; make several files of it", file, maxManifest>>20)
 	}
 	return data, nil
 }

@@ -27,7 +27,7 @@ import (
 
 // stateFiles are what Caracal keeps in its state directory.
 var stateFiles = []string{
-	"node.db", "node.db.new", "node.boot", "node.boot.new", "node.broken", "node.db.lock", "settle.lock", "lock", cni.AdoptLock,
+	"node.db", "node.db.new", "node.boot", "node.boot.new", "node.broken", "node.db.lock", "settle.lock", "agent.lock", "lock", cni.AdoptLock,
 	"store.db", "store.db.new", "store.db.lock", "policy.db", "policy.db.new", "policy.db.lock", "policy.broken", "policy.lock",
 }
 
