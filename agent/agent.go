@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/caracal-net/caracal/bgp"
+	"github.com/caracal-net/caracal/internal/capability"
 	"github.com/caracal-net/caracal/internal/holder"
 	"github.com/caracal-net/caracal/loader"
 	"github.com/caracal-net/caracal/maps"
@@ -169,6 +170,13 @@ func alone(dir string) (*node.Lock, error) {
 func (a *Agent) prepare() error {
 	if a.Node == "" {
 		return errors.New("this node has no name; give one (--node-name)")
+	}
+	needed := []capability.Capability{capability.BPF, capability.NetAdmin, capability.Perfmon}
+	if a.BGPPort == 0 || a.BGPPort > 0 && a.BGPPort < 1024 {
+		needed = append(needed, capability.NetBindService)
+	}
+	if err := capability.Need("caracald", needed...); err != nil {
+		return err
 	}
 	if err := loader.Ensure(loader.Config{Dir: a.BPFFSDir, NodeID: a.Node[:min(len(a.Node), loader.MaxNodeID)]}); err != nil {
 		return err

@@ -16,6 +16,7 @@ import (
 	"github.com/containernetworking/cni/pkg/invoke"
 	"github.com/containernetworking/cni/pkg/version"
 
+	"github.com/caracal-net/caracal/internal/capability"
 	"github.com/caracal-net/caracal/internal/logs"
 	"github.com/caracal-net/caracal/internal/trace"
 	"github.com/caracal-net/caracal/node"
@@ -137,6 +138,12 @@ func (p *Plugin) done(env *Env, c *Config, begin time.Time, err error) error {
 }
 
 func (p *Plugin) run(ctx context.Context, env *Env, c *Config) (any, error) {
+	if err := capability.Need("the plugin", capability.NetAdmin, capability.SysAdmin); err != nil { // to enter the pod's namespace
+		if env.Command == "STATUS" {
+			return nil, unavailable(err)
+		}
+		return nil, fail(codeKernel, "%s", err)
+	}
 	switch env.Command {
 	case "ADD":
 		return p.add(ctx, env, c)

@@ -27,12 +27,12 @@ type place struct {
 	t         testing.TB
 	ctl       string
 	bin, conf string
-	env       []string
+	state     string
 }
 
 func newPlace(t testing.TB) *place {
 	t.Helper()
-	p := &place{t: t, ctl: testenv.Bin(t, "caracalctl"), bin: filepath.Join(t.TempDir(), "bin"), conf: filepath.Join(t.TempDir(), "net.d")}
+	p := &place{t: t, ctl: testenv.Bin(t, "caracalctl"), bin: filepath.Join(t.TempDir(), "bin"), conf: filepath.Join(t.TempDir(), "net.d"), state: t.TempDir()}
 	for _, d := range []string{p.bin, p.conf} {
 		if err := os.Mkdir(d, 0o755); err != nil {
 			t.Fatal(err)
@@ -45,7 +45,7 @@ func newPlace(t testing.TB) *place {
 func (p *place) run(env []string, args ...string) (code int, stdout, stderr string) {
 	p.t.Helper()
 	cmd := exec.CommandContext(p.t.Context(), p.ctl, args...)
-	cmd.Env = append(append([]string{"PATH=" + os.Getenv("PATH"), "CNI_BIN_DIR=" + p.bin, "CNI_NET_DIR=" + p.conf, "CARACAL_STATE_DIR=" + filepath.Join(p.bin, "none")}, p.env...), env...)
+	cmd.Env = append([]string{"PATH=" + os.Getenv("PATH"), "CNI_BIN_DIR=" + p.bin, "CNI_NET_DIR=" + p.conf, "CARACAL_STATE_DIR=" + p.state}, env...)
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
 	err := cmd.Run()
@@ -125,6 +125,9 @@ func done(t *testing.T, out string) map[string]string {
 	}
 	all := make(map[string]string)
 	for _, i := range v.Items {
+		if strings.HasPrefix(i.Name, "default-ipv") {
+			continue
+		}
 		all[filepath.Base(i.Name)] = i.Done
 	}
 	return all
@@ -157,6 +160,10 @@ func TestInstallAndUninstall(t *testing.T) {
 	if err := os.Chmod(filepath.Join(p.bin, "caracal"), 0o644); err != nil {
 		t.Fatal(err)
 	}
+	if code, _, errs := p.run([]string{"CALICO_IPV4POOL_CIDR=10.1.0.0/16"}, "install"); code != 1 || !strings.Contains(errs, "CALICO_IPV4POOL_CIDR 10.1.0.0/16: this machine's store has other pools, 10.244.0.0/16") {
+		t.Errorf("exit code %d: %s", code, errs)
+	}
+	p.state = t.TempDir()
 	equal(t, done(t, p.ok([]string{"CALICO_DISABLE_FILE_LOGGING=true", "CNI_MTU=1450", "CALICO_IPV4POOL_CIDR=10.1.0.0/16", "CALICO_IPV6POOL_CIDR=fd00::/64", "CALICO_IPV4POOL_NAT_OUTGOING=false",
 		"KUBERNETES_NODE_NAME=n1"}, "install", "-o", "json", "--calico-names")),
 		`{"caracal": "replaced", "caracal-ipam": "unchanged", "calico": "installed", "calico-ipam": "installed", "10-caracal.conflist": "replaced"}`)

@@ -57,7 +57,7 @@ type installOptions struct {
 	from, binDir, confDir, confName, confFile, health, logFile string
 	pools, skip                                                []string
 	mtu                                                        int
-	masquerade, update, calicoNames                            bool
+	cluster, masquerade, update, calicoNames                   bool
 	agent, sleep, force, dryRun                                bool
 	wait                                                       time.Duration
 
@@ -82,8 +82,9 @@ func newInstallCommand(g *globals) *cobra.Command {
 Each file is written beside its place and then renamed: a runtime sees the old one or the new one, and plugins that run go on.
 What can't be done is said before anything is changed. It can be repeated.
 
-Where a datastore is configured (ETCD_ENDPOINTS, -c FILE) the network is that of the cluster and its pools: install waits until
-the datastore answers, and makes a pool of --pool if there is none. Else the network has the pool by itself.
+Where a datastore is configured (ETCD_ENDPOINTS, -c FILE) the network is that of the cluster and its pools, and pods start once
+this node's agent runs. Else the network has --pool by itself, and needs no agent. Either way install makes a pool of --pool
+in the store, if that has none, and waits until it answers.
 
 Instead of the network that install writes, another one can be given (--conf-file, or the text in CNI_NETWORK_CONFIG), with
 Calico's placeholders (__CNI_MTU__, __KUBERNETES_NODE_NAME__, ...). Flags have the variables of Calico's image beside them:
@@ -103,6 +104,7 @@ Calico's placeholders (__CNI_MTU__, __KUBERNETES_NODE_NAME__, ...). Flags have t
 	f.StringVar(&o.confName, "conf-name", defaultConfName, "`NAME` of the network's file")
 	f.StringVar(&o.confFile, "conf-file", "", "`FILE` with the network, instead of the one that install writes")
 	f.StringSliceVar(&o.pools, "pool", []string{defaultPool}, "`CIDR` that pods get addresses from, one of each family at most (repeatable)")
+	f.BoolVar(&o.cluster, "cluster", false, "addresses come from the store's pools, as the agent claims them, also where the store is this machine's alone")
 	f.BoolVar(&o.masquerade, "masquerade", true, "pods leave for the outside with the host's address")
 	f.IntVar(&o.mtu, "mtu", 0, "MTU of pods, bytes; 0: that of the interface with the default route")
 	f.StringVar(&o.logFile, "log-file", defaultCNILog, "`FILE` that the plugin logs to beside stderr; empty: none, as with CALICO_DISABLE_FILE_LOGGING=true")
@@ -164,10 +166,8 @@ func (o *installOptions) run(cmd *cobra.Command) error {
 			defer health.Close()
 		}
 	}
-	if o.clustered() {
-		if err := o.preparePools(cmd, pools); err != nil {
-			return err
-		}
+	if err := o.preparePools(cmd, pools); err != nil {
+		return err
 	}
 	if err := o.place(); err != nil {
 		return err
@@ -178,7 +178,8 @@ func (o *installOptions) run(cmd *cobra.Command) error {
 	return o.stay(cmd, health)
 }
 
-func (o *installOptions) clustered() bool { return o.store.Type == config.Etcd }
+// clustered tells whether the network's addresses are those that the agent claims in the store.
+func (o *installOptions) clustered() bool { return o.cluster || o.store.Type == config.Etcd }
 
 // environment takes what no flag says from the variables.
 func (o *installOptions) environment(flags *pflag.FlagSet) error {

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -241,6 +242,9 @@ func (o *installOptions) preparePools(cmd *cobra.Command, wanted []api.IPPool) e
 	if err != nil {
 		return err
 	}
+	if _, err := os.Stat(o.stateDir); o.image && !o.clustered() && errors.Is(err, fs.ErrNotExist) {
+		return nil // not mounted: an agent's store, if there will be one, is elsewhere
+	}
 	ctx, cancel := context.WithTimeout(cmd.Context(), o.wait)
 	defer cancel()
 	for {
@@ -250,8 +254,7 @@ func (o *installOptions) preparePools(cmd *cobra.Command, wanted []api.IPPool) e
 				return err
 			}
 			if len(there) > 0 {
-				o.warnOfPools(cmd, there)
-				return nil
+				return o.checkPools(cmd, there)
 			}
 			return o.createPools(cmd, s, kind, wanted)
 		})
@@ -281,11 +284,8 @@ func (o *installOptions) createPools(cmd *cobra.Command, s store.Store, kind api
 	return nil
 }
 
-// warnOfPools tells that a pool was asked for that the datastore does not have.
-func (o *installOptions) warnOfPools(cmd *cobra.Command, there []api.Resource) {
-	if o.said["pool"] == "" {
-		return
-	}
+// checkPools compares the wanted pools with those that the store has.
+func (o *installOptions) checkPools(cmd *cobra.Command, there []api.Resource) error {
 	var have []string
 	for _, r := range there {
 		if p, ok := r.Spec.(*api.IPPool); ok {
@@ -293,10 +293,15 @@ func (o *installOptions) warnOfPools(cmd *cobra.Command, there []api.Resource) {
 		}
 	}
 	for _, want := range o.pools {
-		if !slices.Contains(have, want) {
+		switch {
+		case slices.Contains(have, want):
+		case !o.clustered():
+			return fmt.Errorf("%s %s: this machine's store has other pools, %s; take one of these, or all that it has (--cluster), or add this one (caracalctl apply)", o.by("pool"), want, strings.Join(have, ", "))
+		case o.said["pool"] != "":
 			warn(cmd, "%s %s makes no pool: the datastore has %s already; caracalctl apply adds one", o.by("pool"), want, strings.Join(have, ", "))
 		}
 	}
+	return nil
 }
 
 // warnOfOthers tells of files that stand in our network's way.
