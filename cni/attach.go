@@ -292,9 +292,9 @@ const sourceTables = 0x0ca0000
 
 // routeBySource has what a container sends from an interface's address leave by the interface.
 func routeBySource(pod *netlink.Handle, e node.Endpoint) error {
-	l, err := pod.LinkByName(e.Docker.Interface)
+	l, err := pod.LinkByName(e.Interface())
 	if err != nil {
-		return fmt.Errorf("find %s: %w", e.Docker.Interface, err)
+		return fmt.Errorf("find %s: %w", e.Interface(), err)
 	}
 	index := l.Attrs().Index
 	gateway, err := net.ParseMAC(e.HostMAC)

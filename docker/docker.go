@@ -129,14 +129,14 @@ func (d *Drivers) request() (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.WithoutCancel(d.ctx), takes)
 }
 
-// answer logs what a request came to. Docker shows its user the error.
+// answer logs what a request of Docker's came to. Docker shows its user the error.
 func (d *Drivers) answer(request string, begin time.Time, err *error, attrs ...any) {
-	log := d.Log.With("request", request, "duration", time.Since(begin).Round(time.Microsecond)).With(attrs...)
+	log := d.Log.With("duration", time.Since(begin).Round(time.Microsecond)).With(attrs...)
 	if *err != nil {
-		log.Error("docker", "error", *err)
+		log.Error(request, "error", *err)
 		return
 	}
-	log.Info("docker")
+	log.Info(request)
 }
 
 func (d *Drivers) step(name string) error {

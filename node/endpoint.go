@@ -92,6 +92,14 @@ type Docker struct {
 	Gateway   netip.Addr `json:"gateway"`             // of the interface; each of a container has its own
 }
 
+// Interface is what the pod's end is called there: Docker numbers its ends itself.
+func (e Endpoint) Interface() string {
+	if e.Docker != nil && e.Docker.Interface != "" {
+		return e.Docker.Interface
+	}
+	return e.IfName
+}
+
 // PutEndpoint writes an endpoint, over one of the same key.
 func (tx *Tx) PutEndpoint(e Endpoint) error {
 	if err := e.Key.check(); err != nil {

@@ -147,17 +147,25 @@ func (d *doctor) hostSide(e node.Endpoint, neighbours map[neighbour]netlink.Neig
 // podSide is what is wrong inside a pod: its interface, addresses, and the way to its gateways.
 func podSide(e node.Endpoint) (wrong []string) {
 	add := func(format string, args ...any) { wrong = append(wrong, fmt.Sprintf(format, args...)) }
+	if e.NetnsID == "" {
+		add("Docker has not put its interface into the container yet")
+		return wrong
+	}
+	gateway4, ifName := cni.Gateway4, e.Interface()
+	if e.Docker != nil {
+		gateway4 = e.Docker.Gateway
+	}
 	err := netns.Do(e.Netns, func() error {
-		l, err := netlink.LinkByName(e.IfName)
+		l, err := netlink.LinkByName(ifName)
 		if err != nil {
-			add("interface %s in the pod: %v", e.IfName, err)
+			add("interface %s in the pod: %v", ifName, err)
 			return nil
 		}
 		switch attrs := l.Attrs(); {
 		case attrs.Flags&net.FlagUp == 0:
-			add("interface %s in the pod is down", e.IfName)
+			add("interface %s in the pod is down", ifName)
 		case attrs.MTU != e.MTU:
-			add("interface %s in the pod has MTU %d, not %d", e.IfName, attrs.MTU, e.MTU)
+			add("interface %s in the pod has MTU %d, not %d", ifName, attrs.MTU, e.MTU)
 		}
 		addrs, err := nl.Dump(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_ALL) })
 		if err != nil {
@@ -165,10 +173,10 @@ func podSide(e node.Endpoint) (wrong []string) {
 		}
 		for _, a := range e.Addrs {
 			if !slices.ContainsFunc(addrs, func(x netlink.Addr) bool { return x.IP.Equal(a.AsSlice()) }) {
-				add("interface %s in the pod lacks address %s", e.IfName, a)
+				add("interface %s in the pod lacks address %s", ifName, a)
 			}
 		}
-		for _, gw := range []netip.Addr{cni.Gateway4, cni.Gateway6} {
+		for _, gw := range []netip.Addr{gateway4, cni.Gateway6} {
 			if slices.ContainsFunc(e.Addrs, func(a netip.Addr) bool { return a.Is4() == gw.Is4() }) {
 				missing, err := gatewayLacks(l.Attrs().Index, gw)
 				if err != nil {

@@ -209,9 +209,9 @@ func (d *doctor) checkMTU() error {
 // podMTU is that of the pod's interface.
 func podMTU(e node.Endpoint) (mtu int, err error) {
 	err = netns.Do(e.Netns, func() error {
-		l, err := netlink.LinkByName(e.IfName)
+		l, err := netlink.LinkByName(e.Interface())
 		if err != nil {
-			return fmt.Errorf("interface %s in the pod: %w", e.IfName, err)
+			return fmt.Errorf("interface %s in the pod: %w", e.Interface(), err)
 		}
 		mtu = l.Attrs().MTU
 		return nil

@@ -222,9 +222,9 @@ func (c *checking) endpoint(e node.Endpoint) error {
 			return err
 		}
 		defer inside.close()
-		index, err := inside.index(e.IfName)
+		index, err := inside.index(e.Interface())
 		if err == nil && index == 0 {
-			c.add("interface", netip.Addr{}, holder, "%s is not in the container", e.IfName)
+			c.add("interface", netip.Addr{}, holder, "%s is not in the container", e.Interface())
 		}
 		return err
 	})

@@ -1,6 +1,7 @@
 package ctl
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -31,6 +32,8 @@ type pod struct {
 	Network       string            `json:"network"`
 	ContainerID   string            `json:"containerID"`
 	IfName        string            `json:"ifName"`
+	Endpoint      string            `json:"endpoint,omitempty"` // Docker's id of it
+	Profiles      []string          `json:"profiles,omitempty"`
 	PodName       string            `json:"podName"`
 	PodNamespace  string            `json:"podNamespace"`
 	PodUID        string            `json:"podUID,omitempty"`
@@ -196,12 +199,17 @@ func (g *globals) joined(e node.Endpoint, m *maps.Maps, ifs *interfaces) (pod, e
 
 // recorded is a pod as node.db alone knows it.
 func recorded(e node.Endpoint) pod {
-	return pod{
-		Network: e.Network, ContainerID: e.ContainerID, IfName: e.IfName,
+	p := pod{
+		Network: e.Network, ContainerID: e.ContainerID, IfName: e.Interface(),
 		PodName: e.PodName, PodNamespace: e.PodNamespace, PodUID: e.PodUID, Labels: e.Labels,
 		Addresses: append([]netip.Addr{}, e.Addrs...), HostInterface: e.HostIfName, MAC: e.MAC, HostMAC: e.HostMAC,
 		MTU: e.MTU, State: stateReady, Shaped: e.Shaped, IPAM: e.IPAM, Netns: e.Netns, Created: e.Created,
 	}
+	if d := e.Docker; d != nil { // by the names that Docker's users know, once they are known
+		p.Network, p.ContainerID = cmp.Or(d.Network, p.Network), cmp.Or(d.Container, p.ContainerID)
+		p.Endpoint, p.Profiles = e.ContainerID, e.Profiles
+	}
+	return p
 }
 
 // problem notes what is wrong with a pod.
@@ -214,6 +222,9 @@ func (p *pod) problem(format string, args ...any) {
 
 // dead says why a recorded endpoint can't be living, "" when it may.
 func dead(e node.Endpoint) string {
+	if e.NetnsID == "" {
+		return "" // Docker has not made it yet
+	}
 	ns, err := netns.Open(e.Netns)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -265,7 +276,7 @@ func (p pod) matches(arg string) bool {
 		}
 		return false
 	}
-	return len(arg) >= 4 && strings.HasPrefix(p.ContainerID, arg)
+	return len(arg) >= 4 && (strings.HasPrefix(p.ContainerID, arg) || strings.HasPrefix(p.Endpoint, arg))
 }
 
 // title is how a pod is called in a sentence.

@@ -233,6 +233,7 @@ func (o *whyOptions) explain(cmd *cobra.Command, source, destination string) (*e
 	if err := c.conclude(); err != nil {
 		return nil, err
 	}
+	c.explainDocker()
 	c.findFlows()
 	c.remember(cmd, o.socket)
 	return c.explanation, nil
