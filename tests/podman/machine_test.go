@@ -18,8 +18,8 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(testenv.Main(m)) }
 
-// busybox is the image of all containers here, in busybox.tar of root's home.
-const busybox = "localhost/busybox:1"
+// The image of all containers here, and that of a pod's own: busybox.tar and pause.tar of root's home.
+const busybox, pause = "localhost/busybox:1", "localhost/pause:1"
 
 // deadline bounds the wait for one condition.
 const deadline = 20 * time.Second
@@ -63,6 +63,7 @@ func newMachines(t *testing.T, n int) []*machine {
 		m := &machine{booted, t}
 		must(t, os.WriteFile(m.Path("/root/vendor.conf"), []byte(vendorConf), 0o644))
 		must(t, os.Rename(image.Busybox(t, m.Path("/root"), busybox), m.Path("/root/busybox.tar")))
+		must(t, os.Rename(image.Pause(t, m.Path("/root"), pause), m.Path("/root/pause.tar")))
 		m.started()
 		all = append(all, m)
 	}
@@ -109,17 +110,11 @@ func newCluster(t *testing.T, n int) []*machine {
 	for _, m := range all {
 		m.write("/etc/containers/containers.conf", userConf)
 		m.sh("mkdir -p /opt/cni/bin && cp /usr/lib/cni/portmap /usr/lib/cni/bandwidth /opt/cni/bin")
-		m.sh(fmt.Sprintf("ETCD_ENDPOINTS=http://%s:2379 caracal/caracalctl install --agent", all[0].Addr()))
-		m.startAgent()
-		m.sh("podman load -q -i busybox.tar")
+		m.write("/etc/caracal/caracalctl.cfg", fmt.Sprintf("apiVersion: projectcalico.org/v3\nkind: CalicoAPIConfig\nspec: {datastoreType: etcdv3, etcdEndpoints: 'http://%s:2379'}\n", all[0].Addr()))
+		m.sh("caracal/caracalctl install --agent && caracalctl node run")
+		m.sh("podman load -q -i busybox.tar; podman load -q -i pause.tar")
 	}
 	return all
-}
-
-// startAgent does what the unit caracald.service does.
-func (m *machine) startAgent() {
-	m.t.Helper()
-	m.sh("set -a; [ ! -e /etc/caracal/caracald.env ] || . /etc/caracal/caracald.env; caracalctl node run")
 }
 
 func (m *machine) write(path, text string) {
