@@ -206,7 +206,7 @@ type pod struct {
 // pods are those of the machine by their names, as caracalctl tells.
 func (m *machine) pods() map[string]pod {
 	m.t.Helper()
-	out := m.sh("caracalctl pods -o json")
+	out := m.sh("caracalctl pods -o json 2>/dev/null") // a pod that comes or goes is warned of
 	var list []pod
 	if err := json.Unmarshal([]byte(out), &list); err != nil {
 		m.t.Fatalf("caracalctl pods -o json: %v\n%s", err, out)
@@ -221,7 +221,7 @@ func (m *machine) pods() map[string]pod {
 // leftovers prints what is left of containers: in Caracal's books, in those of other plugins, in libcni's cache, of podman, and on
 // the machine. cni0 is what the bridge plugin leaves.
 const leftovers = `
-if [ -e /opt/cni/bin/caracal ]; then
+if command -v caracalctl >/dev/null; then
 	caracalctl pods -o json | grep podName
 	caracalctl ipam check | grep -v "nothing wrong"
 	caracalctl get wep -A -o json 2>/dev/null | grep "\"node\": \"$(hostname)\""
