@@ -10,8 +10,8 @@ import (
 	"github.com/caracal-net/caracal/tools/lab"
 )
 
-// newCluster boots two machines whose agents share etcd.
-func newCluster(t testing.TB) []*machine {
+// bootCluster boots two machines that share etcd.
+func bootCluster(t testing.TB) []*machine {
 	t.Helper()
 	testenv.NeedProgram(t, "etcd", "etcd-server")
 	all := boot(t, lab.Config{Hosts: 2, Outside: true, Cluster: true})
@@ -20,6 +20,15 @@ func newCluster(t testing.TB) []*machine {
 	for _, m := range all {
 		m.sh("mkdir -p /etc/caracal")
 		m.write("/etc/caracal/caracalctl.cfg", "apiVersion: projectcalico.org/v3\nkind: CalicoAPIConfig\nspec: {datastoreType: etcdv3, etcdEndpoints: '"+l.EtcdEndpoints()+"'}\n")
+	}
+	return all
+}
+
+// newCluster boots two machines, and installs the network and the agent on them.
+func newCluster(t testing.TB) []*machine {
+	t.Helper()
+	all := bootCluster(t)
+	for _, m := range all {
 		m.install()
 		must(t, m.agent())
 	}

@@ -264,10 +264,7 @@ func (m *machine) again(t *testing.T) {
 
 // testPluginKilled: the plugin dies at a step; containerd calls DEL and says so.
 func testPluginKilled(t *testing.T, m *machine) {
-	data, err := os.ReadFile(testenv.Faulty(t, "caracal"))
-	must(t, err)
-	m.write("/root/faulty", string(data))
-	m.sh("chmod +x /root/faulty")
+	m.copy(testenv.Faulty(t, "caracal"), "/root/faulty")
 	for _, step := range []string{"record", "veth", "commit", "answer"} {
 		for _, how := range []string{"kill", "error"} {
 			m.plugin(`[ $CNI_COMMAND = ADD ] && { export CARACAL_FAULT=`+step+":"+how+`; PLUGIN=/root/faulty; }`, "")

@@ -94,9 +94,7 @@ func (m *machine) install() {
 	m.start()
 	dir := m.t.TempDir()
 	for _, archive := range []string{image.Busybox(m.t, dir, busybox), image.Pause(m.t, dir, pause)} {
-		data, err := os.ReadFile(archive)
-		must(m.t, err)
-		m.write("/root/image.tar", string(data))
+		m.copy(archive, "/root/image.tar")
 		m.sh("ctr -n k8s.io images import /root/image.tar && rm /root/image.tar")
 	}
 }
@@ -155,6 +153,15 @@ func (m *machine) sh(script string) string {
 func (m *machine) write(path, text string) {
 	m.t.Helper()
 	must(m.t, os.WriteFile(m.Path(path), []byte(text), 0o644))
+}
+
+// copy puts a program of the real machine onto this one, also over one that runs.
+func (m *machine) copy(from, to string) {
+	m.t.Helper()
+	data, err := os.ReadFile(from)
+	must(m.t, err)
+	m.write(to+".new", string(data))
+	m.sh("chmod +x " + to + ".new && mv " + to + ".new " + to)
 }
 
 // pod is a pod with one container that serves its own name on port 80.

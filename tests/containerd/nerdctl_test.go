@@ -2,7 +2,6 @@ package containerd
 
 import (
 	"net/netip"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -28,10 +27,7 @@ func nerdctl(t testing.TB, major string) string {
 // installNerdctl puts a version of it onto a machine, and the image where it looks for it.
 func (m *machine) installNerdctl(major string) {
 	m.t.Helper()
-	data, err := os.ReadFile(nerdctl(m.t, major))
-	must(m.t, err)
-	m.write("/usr/local/bin/nerdctl.new", string(data))
-	m.sh("chmod +x /usr/local/bin/nerdctl.new && mv /usr/local/bin/nerdctl.new /usr/local/bin/nerdctl")
+	m.copy(nerdctl(m.t, major), "/usr/local/bin/nerdctl")
 	m.sh("ctr -n k8s.io images export - " + busybox + " | nerdctl load")
 }
 

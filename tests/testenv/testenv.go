@@ -102,6 +102,18 @@ var buildFaulty = sync.OnceValues(func() (string, error) {
 	return dir, goBuild(dir, "-tags", "faults", "./cmd/...")
 })
 
+// Build builds a program of this module that only tests use, such as "./tests/x/y", and returns its path.
+func Build(t testing.TB, program string) string {
+	t.Helper()
+	if scratch == "" {
+		t.Fatalf("build %s: %v", program, errNoMain)
+	}
+	if err := goBuild(scratch, program); err != nil {
+		t.Fatal(err)
+	}
+	return filepath.Join(scratch, filepath.Base(program))
+}
+
 // goBuild builds into a directory, and gives the binaries their second names.
 func goBuild(dir string, what ...string) error {
 	root, err := Root()
