@@ -50,6 +50,8 @@ type Adoption struct {
 	Claims      map[netip.Prefix]string // who has which block, as the store says
 	Step        func(name string) error // as Plugin.Step
 	Log         *slog.Logger
+
+	left []netip.Addr // of the pods that Find has found and that are not adopted
 }
 
 // CalicoPod is one attachment that Calico's plugin has made.
@@ -106,6 +108,11 @@ func (a *Adoption) Find(ctx context.Context) (pods []*CalicoPod, stray []string,
 	}
 	if err := a.compare(ctx, pods); err != nil {
 		return nil, nil, err
+	}
+	for _, p := range pods {
+		if !p.Adopted {
+			a.left = append(a.left, p.Endpoint.Addrs...)
+		}
 	}
 	links, err := nl.Dump(host.LinkList)
 	if err != nil {
@@ -532,7 +539,7 @@ func (a *Adoption) Take(ctx context.Context, p *CalicoPod) (err error) {
 		{"adopt-load", t.load},
 		{"adopt-record", func(ctx context.Context) error { return a.record(ctx, t, p) }},
 		{"adopt-sysctl", func(context.Context) error { return writeSysctls(t.sysctls) }},
-		{"adopt-pools", func(ctx context.Context) error { return t.insidePools(ctx, p.pools) }},
+		{"adopt-lead", func(ctx context.Context) error { return a.lead(ctx, p.pools) }},
 		{"adopt-commit", t.commit},
 		{"adopt-policy", t.enforce},
 		{"adopt-attach", func(context.Context) error {
@@ -566,64 +573,73 @@ func (a *Adoption) record(ctx context.Context, t *adding, p *CalicoPod) error {
 		t.blocks = nil
 		if t.c.ownIPAM() {
 			for _, addr := range p.Endpoint.Addrs {
-				if err := t.hold(tx, p, addr); err != nil {
+				block, err := hold(tx, p.Endpoint.Key, p.pools, addr) // recorded has seen that nobody else does
+				if err != nil {
 					return err
 				}
+				t.blocks = append(t.blocks, block)
 			}
 		}
 		return tx.PutEndpoint(p.Endpoint)
 	})
 }
 
-// insidePools says in the maps that all addresses of the pools are inside, so that nothing is masqueraded on its way to another host's
-// pods: the host's own routes lead there until an agent knows better ones.
-func (t *adding) insidePools(ctx context.Context, pools []api.IPPool) error {
-	m, err := maps.Open(t.c.BPFFSDir)
+// lead says in the maps where the host's own routes lead until somebody knows better: to all of the pools, so that nothing is
+// masqueraded on its way to another host's pods, which an agent will know more of, and to Calico's other pods of this host.
+func (a *Adoption) lead(ctx context.Context, pools []api.IPPool) error {
+	m, err := maps.Open(a.BPFFSDir)
 	if err != nil {
 		return err
 	}
 	defer m.Close()
-	lock, err := node.LockNode(ctx, t.c.StateDir)
+	lock, err := node.LockNode(ctx, a.StateDir)
 	if err != nil {
 		return err
 	}
 	defer lock.Unlock()
 	for _, pool := range pools {
-		if _, err := m.Route(pool.CIDR); !errors.Is(err, maps.ErrNotFound) {
-			if err != nil {
-				return err
-			}
+		if _, err := m.Route(pool.CIDR); err == nil {
 			continue // an agent's
+		} else if !errors.Is(err, maps.ErrNotFound) {
+			return err
 		}
-		if err := commit.PutRemote(m, maps.Route{Prefix: pool.CIDR, Kind: maps.RouteStack, InPool: true}); err != nil {
+		if err := commit.PutRemote(m, toStack(pool.CIDR)); err != nil {
+			return err
+		}
+	}
+	for _, addr := range a.left {
+		if err := commit.PutRemote(m, toStack(netip.PrefixFrom(addr, addr.BitLen()))); err != nil && !errors.Is(err, commit.ErrOwn) {
 			return err
 		}
 	}
 	return nil
 }
 
-// hold gives the pod the address that it has.
-func (t *adding) hold(tx *node.Tx, p *CalicoPod, addr netip.Addr) error {
-	block, pool, err := blockIn(p.pools, addr)
+func toStack(p netip.Prefix) maps.Route {
+	return maps.Route{Prefix: p, Kind: maps.RouteStack, InPool: true}
+}
+
+// hold gives an attachment the address that it has, and returns the address's block. Whoever else holds it keeps it.
+func hold(tx *node.Tx, key node.Key, pools []api.IPPool, addr netip.Addr) (netip.Prefix, error) {
+	block, pool, err := blockIn(pools, addr)
 	if err != nil {
-		return err
+		return block, err
 	}
-	t.blocks = append(t.blocks, block)
 	if _, err := tx.Owner(addr); err == nil {
-		return nil // recorded has seen that it is this pod's
+		return block, nil
 	}
 	if _, err := tx.Block(block); errors.Is(err, node.ErrNotFound) {
 		err = tx.PutBlock(node.Block{CIDR: block, Pool: pool.CIDR})
 		if err != nil {
-			return err
+			return block, err
 		}
 	} else if err != nil {
-		return err
+		return block, err
 	}
 	if _, err := tx.TakeFreed(func(f netip.Addr) bool { return f == addr }); err != nil && !errors.Is(err, node.ErrNotFound) {
-		return err
+		return block, err
 	}
-	return tx.Hold(p.Endpoint.Key, addr, block)
+	return block, tx.Hold(key, addr, block)
 }
 
 // adoptPod gives the pod permanent neighbour entries of its gateways. Calico's pods have IPv4's already, as a gateway; IPv6's
@@ -713,6 +729,11 @@ func (a *Adoption) Return(ctx context.Context, e node.Endpoint) error {
 		if err := commit.RemovePod(m, commit.PodOf(e, l.Attrs().Index)); err != nil {
 			return err
 		}
+		for _, addr := range e.Addrs { // for the pods that are still here
+			if err := commit.PutRemote(m, toStack(netip.PrefixFrom(addr, addr.BitLen()))); err != nil {
+				return err
+			}
+		}
 	}
 	for _, addr := range e.Addrs {
 		r := &netlink.Route{LinkIndex: l.Attrs().Index, Dst: hostNet(addr), Scope: netlink.SCOPE_LINK, Protocol: unix.RTPROT_BOOT}
@@ -750,6 +771,70 @@ type untranslated netip.Addr
 func (u untranslated) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
 	there, back, own := flow.Forward, flow.Reverse, net.IP(netip.Addr(u).AsSlice())
 	return (there.SrcIP.Equal(own) || there.DstIP.Equal(own)) && there.SrcIP.Equal(back.DstIP) && there.DstIP.Equal(back.SrcIP)
+}
+
+// CalicoTunnels are the interfaces that Calico's agent makes on a host.
+var CalicoTunnels = []string{"tunl0", "vxlan.calico", "vxlan-v6.calico", "wireguard.cali", "wg-v6.cali", "bpfin.cali"}
+
+func tunnelKey(name string) node.Key {
+	return node.Key{Network: ipam.HostNetwork, ContainerID: "calico", IfName: name}
+}
+
+// HoldTunnels keeps the addresses that Calico's tunnels have in this node's blocks from being given to pods, until ReleaseTunnels.
+func (a *Adoption) HoldTunnels(ctx context.Context) error {
+	type held struct {
+		key  node.Key
+		addr netip.Addr
+	}
+	var todo []held
+	for _, name := range CalicoTunnels {
+		l, err := netlink.LinkByName(name)
+		if nl.IsNotFound(err) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("look for %s: %w", name, err)
+		}
+		addrs, err := nl.Dump(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_ALL) })
+		if err != nil {
+			return fmt.Errorf("list addresses of %s: %w", name, err)
+		}
+		for _, x := range addrs {
+			addr, _ := netip.AddrFromSlice(x.IP)
+			addr = addr.Unmap()
+			block, _, err := blockIn(a.Pools, addr)
+			if owner, claimed := a.Claims[block]; err == nil && (!claimed || owner == a.Node) {
+				todo = append(todo, held{tunnelKey(name), addr})
+			}
+		}
+	}
+	if len(todo) == 0 {
+		return nil
+	}
+	return a.update(ctx, func(tx *node.Tx) error {
+		for _, h := range todo {
+			if _, err := hold(tx, h.key, a.Pools, h.addr); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// ReleaseTunnels is for when Calico's tunnels are gone.
+func (a *Adoption) ReleaseTunnels(ctx context.Context) error {
+	return a.update(ctx, func(tx *node.Tx) error {
+		for _, name := range CalicoTunnels {
+			if _, err := tx.Release(tunnelKey(name)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+func (a *Adoption) update(ctx context.Context, fn func(*node.Tx) error) error {
+	return (&Plugin{}).update(ctx, &Config{StateDir: a.StateDir, BootIDFile: a.BootIDFile}, fn)
 }
 
 // calicoProtocol is what BIRD, and so Calico, marks its routes with (rtm_protocol, rtnetlink(7)).

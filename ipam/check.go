@@ -63,7 +63,7 @@ func Check(tx *node.Tx, alive func(node.Key) bool) (Report, error) {
 				add("double", h.Addr, k, "the address says that it is held by %s", owner)
 			}
 		}
-		if _, err := tx.Endpoint(k); k != TunnelKey && errors.Is(err, node.ErrNotFound) && (alive == nil || !alive(k)) {
+		if _, err := tx.Endpoint(k); k.Network != HostNetwork && errors.Is(err, node.ErrNotFound) && (alive == nil || !alive(k)) {
 			for _, h := range all {
 				add("leaked", h.Addr, k, "no endpoint of that name is recorded")
 			}

@@ -14,8 +14,11 @@ import (
 // store that the nodes share, and addresses come out of claimed blocks only.
 const poolsSetting = "cluster/pools"
 
-// TunnelKey holds the host's own addresses in the VXLAN tunnel. No CNI network can have such a name.
-var TunnelKey = node.Key{Network: "caracal:host", ContainerID: "tunnel", IfName: "vxlan"}
+// HostNetwork is the network of what the host itself holds. No CNI network can have such a name.
+const HostNetwork = "caracal:host"
+
+// TunnelKey holds the host's own addresses in the VXLAN tunnel.
+var TunnelKey = node.Key{Network: HostNetwork, ContainerID: "tunnel", IfName: "vxlan"}
 
 // SetClusterPools records the pools of the cluster that this node is part of; nil: it is part of none.
 func SetClusterPools(tx *node.Tx, pools []api.IPPool) error {

@@ -277,7 +277,7 @@ func TestKilled(t *testing.T) {
 		t.Errorf("undo left\n%s", left)
 	}
 	k.goesOn("after undo")
-	steps := []string{"adopt-load", "adopt-record", "adopt-sysctl", "adopt-commit", "adopt-policy", "adopt-attach", "adopt-pod", "adopt-host", "adopt-done"}
+	steps := []string{"adopt-load", "adopt-record", "adopt-sysctl", "adopt-lead", "adopt-commit", "adopt-policy", "adopt-attach", "adopt-pod", "adopt-host", "adopt-done"}
 	for _, step := range steps {
 		if out, err := h.Sh(t.Context(), "CARACAL_FAULT="+step+":kill /root/caracal/caracalctl adopt"); err == nil {
 			t.Errorf("killed at %s it ended well: %s", step, out)

@@ -137,7 +137,9 @@ func (o *adoptOptions) run(cmd *cobra.Command) error {
 		return errors.Join(failed, err)
 	}
 	if o.clean && blocked == 0 && failed == nil && !o.dryRun {
-		failed = o.cleanUp(cmd.Context(), report.Left)
+		if failed = o.cleanUp(cmd.Context(), report.Left); failed == nil {
+			failed = a.ReleaseTunnels(cmd.Context())
+		}
 	}
 	if err := o.printAdopted(cmd, report); err != nil {
 		return errors.Join(failed, err)
@@ -160,6 +162,11 @@ func (o *adoptOptions) take(ctx context.Context, a *cni.Adoption, pods []*cni.Ca
 		}
 		if err := a.Take(ctx, p); err != nil {
 			return fmt.Errorf("%s: %w; repeat adopt", p.Endpoint.Key, err)
+		}
+	}
+	if !o.dryRun {
+		if err := a.HoldTunnels(ctx); err != nil {
+			return err
 		}
 	}
 	moved, err := a.TakeRoutes(o.dryRun)
@@ -283,7 +290,10 @@ func (o *adoptOptions) giveBack(cmd *cobra.Command, a *cni.Adoption) error {
 		report.Pods = append(report.Pods, row)
 	}
 	if !o.dryRun {
-		if report.Routes, err = a.ReturnRoutes(); err != nil {
+		if report.Routes, err = a.ReturnRoutes(); err == nil {
+			err = a.ReleaseTunnels(cmd.Context())
+		}
+		if err != nil {
 			return err
 		}
 	}

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/caracal-net/caracal/api"
+	"github.com/caracal-net/caracal/cni"
 	"github.com/caracal-net/caracal/internal/nl"
 )
 
@@ -230,7 +231,7 @@ func leftTables(ctx context.Context) ([]leftover, error) {
 // leftLinks finds the interfaces of Calico's tunnels, and the pair of its eBPF dataplane.
 func leftLinks(context.Context) ([]leftover, error) {
 	var all []leftover
-	for _, name := range []string{"tunl0", "vxlan.calico", "vxlan-v6.calico", "wireguard.cali", "wg-v6.cali", "bpfin.cali"} {
+	for _, name := range cni.CalicoTunnels {
 		l, err := netlink.LinkByName(name)
 		if nl.IsNotFound(err) {
 			continue
