@@ -133,7 +133,11 @@ func (o *adoptOptions) run(cmd *cobra.Command) error {
 	for _, p := range pods {
 		report.Pods = append(report.Pods, adoptedRow(p))
 	}
-	if report.Left, err = o.left(cmd.Context(), a.Pools); err != nil {
+	pending, err := a.TakeRoutes(true)
+	if err == nil {
+		report.Left, err = o.left(cmd.Context(), a.Pools, pending)
+	}
+	if err != nil {
 		return errors.Join(failed, err)
 	}
 	if o.clean && blocked == 0 && failed == nil && !o.dryRun {

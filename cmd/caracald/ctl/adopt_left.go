@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -58,12 +59,12 @@ func calicoProcesses() ([]string, error) {
 	return found, nil
 }
 
-// left lists what is left of Calico on this host, and how each is removed.
-func (o *adoptOptions) left(ctx context.Context, pools []api.IPPool) ([]leftover, error) {
+// left lists what is left of Calico on this host, and how each is removed. The routes in taken are not: they will be Caracal's.
+func (o *adoptOptions) left(ctx context.Context, pools []api.IPPool, taken []netip.Prefix) ([]leftover, error) {
 	all := []leftover{}
 	for _, find := range []func(context.Context) ([]leftover, error){
 		leftFirewall, leftSets, leftTables, leftLinks,
-		func(context.Context) ([]leftover, error) { return leftRoutes(pools) },
+		func(context.Context) ([]leftover, error) { return leftRoutes(pools, taken) },
 		func(context.Context) ([]leftover, error) { return leftFiles() },
 	} {
 		found, err := find(ctx)
@@ -264,7 +265,7 @@ func leftLinks(context.Context) ([]leftover, error) {
 }
 
 // leftRoutes finds routes in the pools that BIRD or Calico's agent has made, and that nobody has made Caracal's.
-func leftRoutes(pools []api.IPPool) ([]leftover, error) {
+func leftRoutes(pools []api.IPPool, taken []netip.Prefix) ([]leftover, error) {
 	const felix = 80 // DeviceRouteProtocol's default, and RemoteRouteProtocol's
 	var all []leftover
 	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
@@ -277,7 +278,7 @@ func leftRoutes(pools []api.IPPool) ([]leftover, error) {
 			if !ok || r.Protocol != unix.RTPROT_BIRD && r.Protocol != felix {
 				continue
 			}
-			if !slices.ContainsFunc(pools, func(p api.IPPool) bool { return p.CIDR.Bits() <= prefix.Bits() && p.CIDR.Contains(prefix.Addr()) }) {
+			if slices.Contains(taken, prefix) || !slices.ContainsFunc(pools, func(p api.IPPool) bool { return p.CIDR.Bits() <= prefix.Bits() && p.CIDR.Contains(prefix.Addr()) }) {
 				continue
 			}
 			all = append(all, leftover{Kind: "route", Name: prefix.String(), remove: func(context.Context) error {
