@@ -302,6 +302,8 @@ func inJSON(t reflect.Type) string {
 		return "object"
 	case reflect.Slice:
 		return "array"
+	case reflect.Int, reflect.Uint32, reflect.Uint64:
+		return "number"
 	}
 	return t.String()
 }

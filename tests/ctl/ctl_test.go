@@ -123,7 +123,10 @@ func execute(ts *testscript.TestScript, want int, path string, args []string) {
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, path, args...)
-	cmd.Dir = ts.MkAbs(".")
+	cmd.Dir, cmd.Env = ts.MkAbs("."), os.Environ()
+	for _, name := range []string{"CNI_BIN_DIR", "CNI_NET_DIR"} { // not the machine's own
+		cmd.Env = append(cmd.Env, name+"="+ts.Getenv(name))
+	}
 	var stdout, stderr bytes.Buffer
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(r.stdin), &stdout, &stderr
 	r.stdin = ""

@@ -50,12 +50,16 @@ func enforcePolicy(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Check(errors.Join(err, p.Close()))
 }
 
-// serve POD PORT: takes connections there, and answers with what it is sent, until the script ends.
+// serve POD|host PORT: takes connections there, and answers with what it is sent, until the script ends.
 func serve(ts *testscript.TestScript, _ bool, args []string) {
-	p, err := of(ts).host.Pod(args[0])
-	ts.Check(err)
+	ns := of(ts).host.Namespace()
+	if args[0] != "host" {
+		p, err := of(ts).host.Pod(args[0])
+		ts.Check(err)
+		ns = p.Namespace()
+	}
 	var l net.Listener
-	ts.Check(p.Namespace().Do(func() (err error) {
+	ts.Check(ns.Do(func() (err error) {
 		l, err = net.Listen("tcp4", ":"+args[1])
 		return err
 	}))

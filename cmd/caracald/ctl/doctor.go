@@ -40,6 +40,8 @@ var checks = []struct {
 	name string
 	run  func(*doctor) error // an error: it could not be checked, which is a FAIL
 }{
+	{"configuration", (*doctor).checkConfiguration},
+	{"directories", (*doctor).checkDirectories},
 	{"kernel", (*doctor).checkKernel},
 	{"sysctls", (*doctor).checkSysctls},
 	{"pods", (*doctor).checkPods},
@@ -66,6 +68,8 @@ type doctor struct {
 	timeout    time.Duration
 	cache      string
 	resolvConf string
+	confDir    string // where runtimes look for networks
+	binDir     string // and for plugins; a list as PATH is
 
 	cmd       *cobra.Command
 	endpoints []node.Endpoint // that node.db records and --pod leaves
@@ -105,6 +109,8 @@ reason. docs/doctor.md says what each check means. Exit code 1: something FAILs.
 	f.StringArrayVar(&d.to, "to", nil, "also probe this `ADDRESS`; may be repeated")
 	f.DurationVar(&d.timeout, "timeout", time.Second, "how long to wait for each answer")
 	f.StringVar(&d.resolvConf, "resolv-conf", "/etc/resolv.conf", "`FILE` that names the servers for the dns check")
+	f.StringVar(&d.confDir, "conf-dir", FromEnv("CNI_NET_DIR", defaultConfDir), "`DIR` in which runtimes look for networks (env CNI_NET_DIR)")
+	f.StringVar(&d.binDir, "bin-dir", FromEnv("CNI_BIN_DIR", defaultBinDir), "`DIR` in which they look for plugins; several with colons between (env CNI_BIN_DIR)")
 	cacheFlag(cmd, &d.cache)
 	return cmd
 }

@@ -251,6 +251,7 @@ func (d *doctor) checkAgent() error {
 	if errors.Is(d.agentErr, errNoAgent) {
 		d.warn("systemctl start caracald, or --socket is another one; a node without other nodes needs none",
 			"no agent answers on %s: pods go on, routes to other nodes are not learned", d.socket)
+		d.wantPorts()
 		return nil
 	}
 	if d.agentErr != nil {
