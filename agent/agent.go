@@ -108,6 +108,9 @@ const mostTold = 5
 // Run works until ctx ends; then it lets go of its peers without taking its routes back. The error says what kept it from
 // starting.
 func Run(ctx context.Context, c Config, s store.Store) error {
+	if err := c.capable(); err != nil {
+		return err
+	}
 	a := &Agent{
 		Config: c, store: s, uplinks: make(map[string]int), wake: make(chan struct{}, 1), problems: make(map[string]Problem),
 		journal: newJournal(maxDrops),
@@ -166,17 +169,19 @@ func alone(dir string) (*node.Lock, error) {
 	return lock, err
 }
 
+// capable says what this process lacks for its work.
+func (c Config) capable() error {
+	needed := []capability.Capability{capability.BPF, capability.NetAdmin, capability.Perfmon}
+	if c.BGPPort == 0 || c.BGPPort > 0 && c.BGPPort < 1024 {
+		needed = append(needed, capability.NetBindService)
+	}
+	return capability.Need("caracald", needed...)
+}
+
 // prepare makes sure that the programs are loaded, so that there are maps to write.
 func (a *Agent) prepare() error {
 	if a.Node == "" {
 		return errors.New("this node has no name; give one (--node-name)")
-	}
-	needed := []capability.Capability{capability.BPF, capability.NetAdmin, capability.Perfmon}
-	if a.BGPPort == 0 || a.BGPPort > 0 && a.BGPPort < 1024 {
-		needed = append(needed, capability.NetBindService)
-	}
-	if err := capability.Need("caracald", needed...); err != nil {
-		return err
 	}
 	if err := loader.Ensure(loader.Config{Dir: a.BPFFSDir, NodeID: a.Node[:min(len(a.Node), loader.MaxNodeID)]}); err != nil {
 		return err

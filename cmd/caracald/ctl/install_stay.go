@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 
@@ -14,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/caracal-net/caracal/agent"
+	portholder "github.com/caracal-net/caracal/internal/holder"
 )
 
 // listen listens on the health address; nil: nowhere, because nobody wants it or an agent of this node answers there.
@@ -27,8 +29,13 @@ func (o *installOptions) listen(cmd *cobra.Command) (net.Listener, error) {
 		if aerr == nil && h.server == agent.ServerName {
 			return nil, nil
 		}
-		_, port, _ := net.SplitHostPort(o.health) // it was listened on, so it has one
-		return nil, fmt.Errorf("--health %s: another program listens there (ss -ltnp 'sport = :%s' names it); stop it, or choose another address, or none (--health '')", o.health, port)
+		_, text, _ := net.SplitHostPort(o.health) // it was listened on, so it has a port
+		port, _ := strconv.Atoi(text)
+		who := "another program"
+		if p := portholder.Port("tcp", port); p != "" {
+			who = p
+		}
+		return nil, fmt.Errorf("--health %s: %s listens there (ss -ltnp 'sport = :%d' on the host names it); stop it, or choose another address, or none (--health '')", o.health, who, port)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("--health: %w", err)

@@ -21,6 +21,8 @@ const DefaultLogFile = "/var/log/caracal/caracald.log"
 type nodeRunOptions struct {
 	*globals
 	dryRun  bool
+	image   string // none: directly
+	docker  string // the program that runs it
 	logFile string
 	timeout time.Duration
 }
@@ -31,14 +33,18 @@ func newNodeRunCommand(g *globals) *cobra.Command {
 		Use:   "run [-- CARACALD ARGUMENTS]",
 		Short: "Start this node's agent and wait until it has done its work once",
 		Long: `run starts caracald in the background, shows what it logs, and returns when the node is as the store says. It goes on when
-run is interrupted. A service manager does this better: see deploy/caracald.service.
+run is interrupted. A service manager does this better: see caracalctl install --agent. With --node-image it runs caracald as a
+container, with what it needs of the host and no more; Docker starts it again when it ends.
 
 Exit code 1: it ended again, or was not done in time; it then goes on trying.`,
 		Example: `  caracalctl node run --dry-run
-  caracalctl -c /etc/calico/calicoctl.cfg node run -- --ip 10.0.0.1/24`,
+  caracalctl -c /etc/calico/calicoctl.cfg node run -- --ip 10.0.0.1/24
+  caracalctl node run --node-image=caracal:v1 -c /etc/calico/calicoctl.cfg`,
 		RunE: func(cmd *cobra.Command, args []string) error { return o.run(cmd, args) },
 	}
 	cmd.Flags().BoolVar(&o.dryRun, "dry-run", false, "show the command and start nothing")
+	cmd.Flags().StringVar(&o.image, "node-image", "", "`IMAGE` to run it in; none: directly")
+	cmd.Flags().StringVar(&o.docker, "docker", "docker", "`PROGRAM` that runs the image")
 	cmd.Flags().StringVar(&o.logFile, "log-file", DefaultLogFile, "`FILE` that it writes to")
 	cmd.Flags().DurationVar(&o.timeout, "timeout", time.Minute, "how long to wait")
 	return cmd
@@ -57,6 +63,9 @@ func (o *nodeRunOptions) run(cmd *cobra.Command, args []string) error {
 		argv = append(argv, "--boot-id-file", o.bootIDFile)
 	}
 	argv = append(argv, args...)
+	if o.image != "" {
+		return o.runImage(cmd, argv)
+	}
 	out := cmd.OutOrStdout()
 	fmt.Fprintf(out, "Running command to start the node:\n\n%s %s >> %s\n\n", filepath.Join(filepath.Dir(self), "caracald"), strings.Join(argv, " "), o.logFile)
 	if o.dryRun {
@@ -83,13 +92,6 @@ func (o *nodeRunOptions) run(cmd *cobra.Command, args []string) error {
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- agent.Wait() }()
-	return o.await(cmd.Context(), out, from, ended)
-}
-
-// await shows the log from a place on until the agent is ready.
-func (o *nodeRunOptions) await(ctx context.Context, out io.Writer, from int64, ended <-chan error) error {
-	ctx, cancel := context.WithTimeout(ctx, o.timeout)
-	defer cancel()
 	tail, err := os.Open(o.logFile)
 	if err != nil {
 		return fmt.Errorf("read log: %w", err)
@@ -98,7 +100,13 @@ func (o *nodeRunOptions) await(ctx context.Context, out io.Writer, from int64, e
 	if _, err := tail.Seek(from, io.SeekStart); err != nil {
 		return fmt.Errorf("read log: %w", err)
 	}
-	show := func() { _, _ = io.Copy(out, tail) } // it is a courtesy: whether the node is ready is asked elsewhere
+	return o.await(cmd.Context(), out, follow(tail, out), ended)
+}
+
+// await shows the log until the agent is ready.
+func (o *nodeRunOptions) await(ctx context.Context, out io.Writer, show func(), ended <-chan error) error {
+	ctx, cancel := context.WithTimeout(ctx, o.timeout)
+	defer cancel()
 	for {
 		show()
 		s, err := agentStatus(ctx, o.socket)
@@ -110,7 +118,7 @@ func (o *nodeRunOptions) await(ctx context.Context, out io.Writer, from int64, e
 		select {
 		case err := <-ended:
 			show()
-			return fmt.Errorf("caracald ended: %w; its log is %s", errors.Join(err, errEnded), o.logFile)
+			return fmt.Errorf("caracald ended: %w; its log: %s", errors.Join(err, errEnded), o.where())
 		case <-ctx.Done():
 			if err == nil {
 				for _, p := range s.Problems {
@@ -121,6 +129,14 @@ func (o *nodeRunOptions) await(ctx context.Context, out io.Writer, from int64, e
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
+}
+
+// where says where the log is.
+func (o *nodeRunOptions) where() string {
+	if o.image != "" {
+		return o.docker + " logs " + containerName
+	}
+	return o.logFile
 }
 
 var errEnded = errors.New("it should not")
