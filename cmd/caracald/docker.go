@@ -11,6 +11,7 @@ import (
 	"github.com/caracal-net/caracal/cmd/caracald/ctl"
 	"github.com/caracal-net/caracal/cni"
 	"github.com/caracal-net/caracal/docker"
+	"github.com/caracal-net/caracal/internal/capability"
 	"github.com/caracal-net/caracal/store"
 )
 
@@ -29,6 +30,9 @@ func serve(ctx context.Context, c agent.Config, d docker.Config, s store.Store) 
 	}
 	if c.Socket == "" {
 		return errors.New("--docker needs a --socket, on which policy is asked for")
+	}
+	if err := capability.Need("caracald --docker", capability.SysAdmin); err != nil { // to enter containers' namespaces
+		return err
 	}
 	d.Node, d.Log = c.Node, c.Log
 	d.CNI = cni.Config{NodeName: c.Node, StateDir: c.StateDir, BPFFSDir: c.BPFFSDir, BootIDFile: c.BootIDFile, AgentSocket: c.Socket}

@@ -1,11 +1,14 @@
 package install
 
 import (
+	"os"
 	"slices"
 	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	testimage "github.com/caracal-net/caracal/tests/image"
 )
 
 // What the agent's container is started with: the least that it works with. Docker 20.10 knows neither CAP_BPF nor CAP_PERFMON, for
@@ -23,7 +26,7 @@ func TestAgentContainer(t *testing.T) {
 	m.docker()
 	m.sh("mkdir -p /var/lib/caracal; docker run --rm -e SLEEP=false -v /var/lib/caracal:/var/lib/caracal -v /etc/cni/net.d:/etc/cni/net.d -v /opt/cni/bin:/opt/cni/bin " + image)
 	m.pod("a")
-	m.sh("docker run -d --name caracald --restart=always --memory=256M --cpus=1 --health-interval 1s " + agentOptions + simulated + image + " caracald")
+	m.sh("docker run -d --name caracald --restart=always --memory=256M --cpus=1 --health-interval 1s -e CARACAL_DOCKER=caracal " + agentOptions + simulated + image + " caracald")
 	m.await("docker exec caracald caracalctl health; docker logs caracald 2>&1 | tail -5", "yes ")
 	m.await("docker inspect caracald --format '{{.State.Health.Status}}'", "^healthy")
 	m.sh("curl -sf http://localhost:9099/health && curl -sf http://localhost:9091/metrics | grep -q caracal_problems")
@@ -35,6 +38,17 @@ func TestAgentContainer(t *testing.T) {
 	m.await("docker exec caracald caracalctl health; docker logs caracald 2>&1 | tail -5", "yes ")
 	m.await("docker exec caracald caracalctl pods", "(?m)^-.* b .*ready")
 	m.sh("docker exec caracald caracalctl ipam check")
+
+	// It serves Docker's drivers, too.
+	archive, err := os.ReadFile(testimage.Busybox(t, t.TempDir(), "busybox:test"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(m.Path("/root/busybox.tar"), archive, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	m.sh("docker load -qi /root/busybox.tar; docker network create --driver caracal --ipam-driver caracal-ipam n1")
+	m.sh("docker run -d --name web --net n1 busybox:test sleep 1000; docker run --rm --net n1 busybox:test ping -c 1 -W 5 web; docker rm -f web; docker network rm n1")
 	if out := m.sh("docker logs caracald 2>&1"); strings.Contains(out, "level=ERROR") || strings.Contains(out, "level=WARN") {
 		t.Errorf("log: %s", out)
 	}
@@ -58,6 +72,7 @@ func TestAgentCapabilities(t *testing.T) {
 	for n, missing := range all {
 		m.fails(agent(slices.Delete(slices.Clone(all), n, n+1)), "caracald lacks CAP_"+strings.ToUpper(missing)+":")
 	}
+	m.fails(agent(all)+" --docker caracal", "caracald --docker lacks CAP_SYS_ADMIN:")
 	if err := m.StartDaemon("caracald", "sh", "-c", "exec "+agent(all)); err != nil {
 		t.Fatal(err)
 	}

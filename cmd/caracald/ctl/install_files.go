@@ -310,17 +310,12 @@ func programs(network []byte) []string {
 	return all
 }
 
-// agentSettings is what the agent's unit reads, from what this program was told of the datastore in its environment; nil:
-// nothing, or a file says it.
+// agentSettings is what the agent's unit reads: what this program was told in variables that the agent has too; nil: nothing.
 func (o *installOptions) agentSettings() []byte {
 	var b bytes.Buffer
-	for _, v := range os.Environ() {
-		name, value, _ := strings.Cut(v, "=")
-		plain := strings.TrimPrefix(name, "CALICO_")
-		if value != "" && (strings.HasPrefix(plain, "ETCD_") || plain == "DATASTORE_TYPE" || name == "CARACAL_STORE" || name == "CARACAL_CONFIG") {
-			// Quoted as systemd.exec(5), EnvironmentFile=, has it.
-			fmt.Fprintf(&b, "%s=\"%s\"\n", name, strings.NewReplacer(`\`, `\\`, `"`, `\"`, "`", "\\`", "$", `\$`).Replace(value))
-		}
+	for _, name := range agentVariables() {
+		// Quoted as systemd.exec(5), EnvironmentFile=, has it.
+		fmt.Fprintf(&b, "%s=\"%s\"\n", name, strings.NewReplacer(`\`, `\\`, `"`, `\"`, "`", "\\`", "$", `\$`).Replace(os.Getenv(name)))
 	}
 	return b.Bytes()
 }
