@@ -555,7 +555,7 @@ func (a *adding) commit(ctx context.Context) error {
 	}
 	// Looked at under the lock: who learns of the first policy later than this finds the pod in the maps.
 	ids := policy.PodPolicies{}
-	if a.judged = a.c.Policy.deniesUnknown() || enforce.Exists(a.c.StateDir); a.judged {
+	if a.judged = a.deniesUnknown() || enforce.Exists(a.c.StateDir); a.judged {
 		ids = unknownPolicy
 	}
 	if err := commit.AddPod(m, a.pod(ids)); err != nil {

@@ -41,6 +41,11 @@ func (p PolicyConfig) check() error {
 // deniesUnknown tells whether a pod whose policy is not known is cut off.
 func (p PolicyConfig) deniesUnknown() bool { return string(p["unknown"]) == `"deny"` }
 
+// deniesUnknown tells whether the pod is cut off as long as its policy is not known. One that names profiles is: these are its policy.
+func (a *adding) deniesUnknown() bool {
+	return a.c.Policy.deniesUnknown() || len(a.record.Profiles) > 0
+}
+
 // unknownPolicy are the policy ids of a pod whose policy is not known: all is dropped.
 var unknownPolicy = policy.PodPolicies{Ingress: maps.PolicyUnknown, Egress: maps.PolicyUnknown}
 
@@ -75,7 +80,7 @@ func (a *adding) enforce(ctx context.Context) error {
 	if (errors.Is(why, enforce.ErrRefused) || errors.Is(why, errRefused)) && !a.c.Policy.deniesUnknown() { // known, and not for this pod
 		return fail(codeTryAgain, "%s: its policy can't be put in force: %s", a.key, why)
 	}
-	denied := a.c.Policy.deniesUnknown()
+	denied := a.deniesUnknown()
 	if !denied { // what was known last is about the pod: then it waits for who keeps policy
 		denied, err = enforce.Selects(ctx, a.c.StateDir, a.record)
 		if errors.Is(err, enforce.ErrNoDatabase) || errors.Is(err, enforce.ErrCorrupt) {

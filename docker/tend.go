@@ -14,6 +14,7 @@ import (
 
 const (
 	lookEvery = 5 * time.Second
+	wallEvery = 30 * time.Second
 	grace     = 30 * time.Second // for which something must have been nobody's until it is collected
 )
 
@@ -47,6 +48,7 @@ func (d *Drivers) tend(ctx context.Context) {
 type tender struct {
 	*Drivers
 	since   map[string]time.Time // since when something seems to be nobody's
+	walled  time.Time            // when the firewall was looked at
 	answers map[string]answer    // of Docker, in this round, by network id
 }
 
@@ -79,6 +81,14 @@ func (t *tender) tendOnce(ctx context.Context) error {
 			t.Log.Warn("collected an endpoint that docker has no more", "endpoint", e.ContainerID, "container", e.PodName, "addresses", freed, "error", err)
 			errs = append(errs, err)
 		}
+	}
+	if len(endpoints) > 0 && time.Since(t.walled) > wallEvery {
+		t.walled = time.Now()
+		added, err := allowForwarding(ctx)
+		if len(added) > 0 {
+			t.Log.Info("the firewall leaves containers to policy", "rules", added)
+		}
+		errs = append(errs, err)
 	}
 	errs = append(errs, t.tendHoldings(ctx, seen), t.tendNetworks(ctx, endpoints, seen))
 	for key := range t.since {

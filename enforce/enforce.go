@@ -520,7 +520,7 @@ func (p *Policy) save(ctx context.Context, changes []change, back bool) error {
 		return err
 	}
 	if !p.filed {
-		if len(p.model.placed) == 0 || back {
+		if len(p.model.placed)+len(p.model.profiles) == 0 || back {
 			return nil
 		}
 		for key, t := range p.model.inForce {

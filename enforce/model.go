@@ -45,10 +45,11 @@ type model struct {
 	compiler *policy.Compiler
 	inForce  map[string]thing // by key
 
-	context *policy.Context
-	tiers   map[string]api.Tier
-	placed  map[string]policy.Placed // by key
-	order   bool                     // tiers or placed are not what the compiler has
+	context  *policy.Context
+	tiers    map[string]api.Tier
+	placed   map[string]policy.Placed // by key
+	profiles map[string]bool          // by name
+	order    bool                     // tiers or placed are not what the compiler has
 
 	published map[string]*api.Resource // WorkloadEndpoints by id
 	local     map[string]*node.Endpoint
@@ -66,7 +67,7 @@ type endpoint struct {
 func newModel(nodeName string, numbers policy.Numbers) *model {
 	m := &model{
 		node: nodeName, inForce: make(map[string]thing), context: policy.NewContext(), tiers: make(map[string]api.Tier),
-		placed: make(map[string]policy.Placed), published: make(map[string]*api.Resource), local: make(map[string]*node.Endpoint),
+		placed: make(map[string]policy.Placed), profiles: make(map[string]bool), published: make(map[string]*api.Resource), local: make(map[string]*node.Endpoint),
 		endpoints: make(map[string]*endpoint), holders: make(map[netip.Addr][]string), contested: make(map[netip.Addr]bool),
 	}
 	m.compiler = policy.NewCompiler(policy.Options{Local: func(id string) bool { return m.local[id] != nil }, Numbers: numbers})
@@ -127,6 +128,7 @@ func (m *model) setResource(key string, was, now *api.Resource) error {
 		if now == nil {
 			m.context.Add(api.Resource{Kind: r.Kind, Metadata: r.Metadata, Spec: &api.Profile{}})
 			m.compiler.DeleteProfile(name)
+			delete(m.profiles, name)
 		} else {
 			p, err := policy.FromProfile(*now)
 			if err == nil {
@@ -136,6 +138,7 @@ func (m *model) setResource(key string, was, now *api.Resource) error {
 				return err
 			}
 			m.context.Add(*now)
+			m.profiles[name] = true
 		}
 		return m.again("", func(e *policy.Endpoint) bool { return slices.Contains(e.Profiles, name) })
 	case *api.NetworkSet:

@@ -2,6 +2,7 @@ package ctl
 
 import (
 	"cmp"
+	"fmt"
 	"maps"
 	"slices"
 	"strings"
@@ -21,7 +22,7 @@ func (c *whyCase) explainDocker() {
 		if _, both := theirs[profile]; both {
 			return
 		}
-		c.note("%s is on the Docker network %s, which lets in its own containers alone (profile %s), and %s is not on it; a policy can let in others", c.Destination, on[profile], profile, c.Source)
+		c.Why += fmt.Sprintf(". %s is on the Docker network %s, which lets in its own containers alone, and %s is not on it; a policy can let in others", c.Destination, on[profile], c.Source)
 	}
 }
 

@@ -1,0 +1,208 @@
+package docker
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+)
+
+const create = "docker network create --driver caracal --ipam-driver caracal-ipam "
+
+// busy runs a container that does nothing, with these flags.
+func busy(flags string) string { return "docker run -d " + flags + " busybox sleep 1000" }
+
+// TestOneMachine is what Docker's networks do on one machine whose store is its own.
+func TestOneMachine(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t)
+	t.Run("Membership", m.testMembership)
+	t.Run("Requests", m.testRequests)
+	t.Run("IPv6", m.testIPv6)
+	t.Run("Labels", m.testLabels)
+	t.Run("BadInput", m.testBadInput)
+	t.Run("Storm", m.testStorm)
+}
+
+// on is m in a subtest.
+func (m *machine) on(t *testing.T) *machine {
+	c := *m
+	c.t = t
+	return &c
+}
+
+// testMembership: who is on a network reaches who is on it, by whichever interface, as long as he is.
+func (m *machine) testMembership(t *testing.T) {
+	m = m.on(t)
+	m.sh(create + "net1 && " + create + "net2 && docker network create --driver calico --ipam-driver calico-ipam net3")
+	m.sh(busy("--name ann --net net1") + ";" + busy("--name bob --net net1") + ";" + busy("--name cat --net net2") + ";" + busy("--name dan --net net3"))
+	a, b, c, d := m.address("ann"), m.address("bob"), m.address("cat"), m.address("dan")
+	m.ping("docker exec ann", "bob", true)
+	m.ping("docker exec ann", c, false)
+	m.ping("docker exec dan", a, false)
+	for _, address := range []string{a, b, c, d} {
+		m.ping("", address, true) // its own host always does
+	}
+	m.ping("docker exec ann", "192.0.2.1", true)
+
+	m.sh("docker network connect net2 ann")
+	m.has("docker exec ann ip -o addr", "cali0", "cali1")
+	second := m.sh("docker inspect -f '{{.NetworkSettings.Networks.net2.IPAddress}}' ann")
+	eventually(t, "c reaches a's second address", func() error {
+		_, err := m.Sh(t.Context(), "docker exec cat ping -c 1 -W 1 "+second)
+		return err
+	})
+	m.ping("docker exec cat", "ann", true)
+	m.ping("docker exec ann", c, true)
+	m.ping("docker exec bob", "ann", true)
+	m.ping("docker exec bob", c, false)
+	m.has("caracalctl doctor 2>/dev/null || true", "namespaces, interfaces, programs, maps, routes and neighbour entries are as recorded")
+
+	m.sh("docker network disconnect net1 ann")
+	m.ping("docker exec cat", "ann", true)
+	m.ping("docker exec ann", c, true)
+	m.ping("docker exec ann", b, false)
+	m.sh("docker network connect net1 ann && docker network disconnect net2 ann")
+	m.ping("docker exec ann", "bob", true)
+	m.ping("docker exec ann", c, false)
+
+	for _, again := range []string{"docker stop -t 0 ann && docker start ann", "docker restart -t 0 ann"} {
+		m.sh(again)
+		m.ping("docker exec ann", "bob", true)
+	}
+	m.fails("docker network rm net1", "has active endpoints")
+	m.sh("docker rm -f ann bob cat dan && docker network rm net1 net2 net3")
+	m.clean()
+	if got := m.sh("caracalctl get profiles"); strings.Contains(got, "docker.") {
+		t.Errorf("profiles of networks that are gone:\n%s", got)
+	}
+}
+
+// testRequests: requested addresses and MAC addresses.
+func (m *machine) testRequests(t *testing.T) {
+	m = m.on(t)
+	m.sh(create + "--subnet 192.168.0.0/16 net1")
+	block := strings.Fields(m.sh("ip route show type blackhole"))[1]
+	asked := strings.TrimSuffix(block, "0/26") + "33"
+	m.sh(busy("--name ann --net net1 --ip " + asked + " --mac-address 02:11:22:33:44:55"))
+	m.has("docker exec ann ip addr show cali0", "inet "+asked+"/32", "link/ether 02:11:22:33:44:55")
+	m.sh(busy("--name bob --net net1"))
+	m.ping("docker exec bob", "ann", true)
+	m.has("caracalctl pods "+asked, "02:11:22:33:44:55")
+
+	m.fails(busy("--name xx --net net1 --ip "+asked), asked, "taken by container ann")
+	m.fails(busy("--name yy --net net1 --ip 192.168.200.1"), "192.168.200.1: address is in no block of this node; ask for it on the node that has 192.168.200.0/26")
+	m.fails(busy("--name zz --net net1 --mac-address 01:00:5e:00:00:01"), "01:00:5e:00:00:01", "no unicast Ethernet address")
+	m.fails(busy("--name pp --net net1 -p 8080:80"), "published ports (-p): not supported")
+	m.sh("docker rm -f ann bob xx yy zz pp")
+	m.sh(busy("--name ann --net net1 --ip " + asked)) // it is free again
+	m.sh("docker rm -f ann && docker network rm net1")
+	m.clean()
+}
+
+func (m *machine) testIPv6(t *testing.T) {
+	m = m.on(t)
+	m.fails(create+"--ipv6 net6", "no IPv6 pool is enabled; they are 192.168.0.0/16")
+	m.apply(`apiVersion: projectcalico.org/v3
+kind: IPPool
+metadata: {name: v6}
+spec: {cidr: "2001:db8:192::/64"}
+`)
+	eventually(t, "the pool is known", func() error {
+		_, err := m.Sh(t.Context(), create+"--ipv6 net6")
+		return err
+	})
+	m.sh(busy("--name ann --net net6") + ";" + busy("--name bob --net net6"))
+	six := m.sh("docker inspect -f '{{.NetworkSettings.Networks.net6.GlobalIPv6Address}}' ann")
+	m.has("docker exec ann ip -6 route", "default via fe80::1 dev cali0")
+	m.ping("docker exec bob", six, true)
+	m.ping("docker exec bob", m.address("ann"), true)
+	m.ping("docker exec bob", "2001:db8:0:1::1", true) // the host's
+	m.sh("docker rm -f ann bob && docker network rm net6")
+	m.clean()
+	m.sh("caracalctl delete ippool v6")
+	eventually(t, "the pool is gone", func() error {
+		_, err := m.Sh(t.Context(), create+"--ipv6 x")
+		if err == nil {
+			m.sh("docker network rm x")
+			return errors.New("it is there")
+		}
+		return nil
+	})
+}
+
+// testLabels: a container's labels are for policy.
+func (m *machine) testLabels(t *testing.T) {
+	m = m.on(t)
+	m.sh(create + "net1 && " + create + "net2")
+	m.sh(busy("--name db --net net1 --label app=db") + ";" + busy("--name web --net net2 --label org.projectcalico.label.app=web"))
+	db := m.address("db")
+	m.ping("docker exec web", db, false)
+	m.apply(`apiVersion: projectcalico.org/v3
+kind: GlobalNetworkPolicy
+metadata: {name: web-to-db}
+spec:
+  selector: app == 'db'
+  types: [Ingress]
+  ingress: [{action: Allow, source: {selector: app == 'web'}}]
+`)
+	eventually(t, "web reaches db", func() error {
+		_, err := m.Sh(t.Context(), "docker exec web ping -c 1 -W 1 "+db)
+		return err
+	})
+	m.has("caracalctl why web db/icmp", "ALLOWED", "web-to-db")
+	m.sh("caracalctl delete gnp web-to-db && docker rename web front")
+	eventually(t, "the container's new name is known", func() error {
+		_, err := m.Sh(t.Context(), "caracalctl pods front")
+		return err
+	})
+	m.ping("docker exec front", db, false)
+	m.sh("docker rm -f db front && docker network rm net1 net2")
+	m.clean()
+}
+
+// testBadInput: every mistake is named, with the way out, and leaves nothing.
+func (m *machine) testBadInput(t *testing.T) {
+	m = m.on(t)
+	for _, c := range []struct {
+		command string
+		want    []string
+	}{
+		{create + "--subnet 10.9.0.0/24 x", []string{"10.9.0.0/24 is none of the pools; they are 192.168.0.0/16 (caracalctl get ippools)"}},
+		{create + "--subnet 192.168.0.0/24 x", []string{"192.168.0.0/24 is none of the pools"}},
+		{create + "-o color=blue -o com.caracal.network=n -o mtu=1400 x", []string{`driver options "color", "mtu": not supported; the only one is com.caracal.network=NAME`}},
+		{create + "-o com.caracal.network=a/b x", []string{`com.caracal.network="a/b"`, "letters, digits"}},
+		{create + "--ipam-opt color=blue x", []string{`--ipam-opt "color": not supported`}},
+		{create + "--subnet 192.168.0.0/16 --ip-range 192.168.0.0/24 x", []string{`--ip-range "192.168.0.0/24": not supported`}},
+		{create + "--subnet 192.168.0.0/16 --gateway 192.168.0.1 x", []string{"--gateway", "every container's gateway is 169.254.1.1"}},
+		{create + "--internal x", []string{"--internal: not supported"}},
+		{"docker network create --driver caracal x", []string{"it is another IPAM driver's; create the network with --ipam-driver caracal-ipam"}},
+	} {
+		m.fails(c.command, c.want...)
+	}
+	m.fails("caracald --docker caracal --state-dir /tmp/x --bpffs-dir /sys/fs/bpf/x --socket /tmp/x.sock --health '' --metrics ''", "/run/docker/plugins/caracal.sock: another agent answers there; one runs on a node")
+	m.fails("caracald --docker flannel", `--docker "flannel": caracal or calico`)
+	m.fails("caracald --docker caracal --docker-scope swarm", `--docker-scope "swarm": local or global`)
+	if got := m.sh("docker network ls -q -f driver=caracal; caracalctl get profiles | tail -n +2"); got != "" {
+		t.Errorf("left behind:\n%s", got)
+	}
+	m.clean()
+}
+
+// testStorm starts many containers at once.
+func (m *machine) testStorm(t *testing.T) {
+	m = m.on(t)
+	const many = 30
+	m.sh(create + "net1")
+	var script strings.Builder
+	for i := range many {
+		fmt.Fprintf(&script, "%s >/dev/null & ", busy(fmt.Sprintf("--name s%d --net net1", i)))
+	}
+	m.sh(script.String() + "wait")
+	if got := m.sh("docker ps -q | wc -l; docker inspect -f '{{.NetworkSettings.Networks.net1.IPAddress}}' $(docker ps -q) | sort -u | wc -l; ip -o link show group 202 | wc -l"); strings.Fields(got)[0] != "30" || strings.Fields(got)[1] != "30" || strings.Fields(got)[2] != "30" {
+		t.Errorf("containers, addresses, interfaces: %q", got)
+	}
+	m.ping("docker exec s0", "s29", true)
+	m.sh("docker rm -f $(docker ps -aq) && docker network rm net1")
+	m.clean()
+}
