@@ -100,7 +100,8 @@ func TestCrashes(t *testing.T) {
 	m.sh("docker start bob")
 	m.ping("docker exec bob", "ann", true)
 	m.held(2)
-	m.sh("docker rm -f ann bob && docker network rm net1")
+	m.sh("docker rm -f ann bob")
+	m.remove("net1")
 	m.clean()
 }
 
@@ -134,7 +135,8 @@ func TestSharedLocal(t *testing.T) {
 	all[0].ping("", shop, false)
 	all[1].has("caracalctl why 192.0.2.1 in-h2/icmp", "in-h2 is on the Docker network shop")
 	together(all, func(m *machine) {
-		m.sh("docker rm -f $(docker ps -aq) && docker network rm shop alone")
+		m.sh("docker rm -f $(docker ps -aq)")
+		m.remove("shop", "alone")
 		m.clean()
 	})
 }

@@ -11,7 +11,6 @@ package docker
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"os/exec"
 	"slices"
@@ -199,8 +198,23 @@ func (m *machine) address(container string) string {
 // clean makes sure that nothing is left of containers.
 func (m *machine) clean() {
 	m.t.Helper()
-	if got := m.sh("ip -o link show group 202; caracalctl ipam check -q 2>&1 || true; caracalctl pods --no-headers 2>/dev/null || caracalctl pods | tail -n +2"); got != "" {
-		m.t.Errorf("%s: left behind:\n%s", m.Name, got)
+	eventually(m.t, m.Name+" is clean", func() error {
+		out, err := m.Sh(m.t.Context(), "ip -o link show group 202; caracalctl ipam check | grep -v '^nothing wrong: 0 endpoints, 0 addresses'; caracalctl pods | tail -n +2; docker ps -aq")
+		if err == nil && out != "" {
+			err = errors.New("left behind: " + out)
+		}
+		return err
+	})
+}
+
+// remove removes networks. Docker may not have let go yet of containers that it has removed.
+func (m *machine) remove(networks ...string) {
+	m.t.Helper()
+	for _, n := range networks {
+		eventually(m.t, "network "+n+" is removed", func() error {
+			_, err := m.Sh(m.t.Context(), "docker network rm "+n)
+			return err
+		})
 	}
 }
 
@@ -240,7 +254,3 @@ func together(all []*machine, do func(m *machine)) {
 	}
 	wg.Wait()
 }
-
-func lines(s ...string) string { return strings.Join(s, "\n") }
-
-var _ = fmt.Sprint

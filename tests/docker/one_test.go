@@ -71,7 +71,8 @@ func (m *machine) testMembership(t *testing.T) {
 		m.ping("docker exec ann", "bob", true)
 	}
 	m.fails("docker network rm net1", "has active endpoints")
-	m.sh("docker rm -f ann bob cat dan && docker network rm net1 net2 net3")
+	m.sh("docker rm -f ann bob cat dan")
+	m.remove("net1", "net2", "net3")
 	m.clean()
 	if got := m.sh("caracalctl get profiles"); strings.Contains(got, "docker.") {
 		t.Errorf("profiles of networks that are gone:\n%s", got)
@@ -96,7 +97,8 @@ func (m *machine) testRequests(t *testing.T) {
 	m.fails(busy("--name pp --net net1 -p 8080:80"), "published ports (-p): not supported")
 	m.sh("docker rm -f ann bob xx yy zz pp")
 	m.sh(busy("--name ann --net net1 --ip " + asked)) // it is free again
-	m.sh("docker rm -f ann && docker network rm net1")
+	m.sh("docker rm -f ann")
+	m.remove("net1")
 	m.clean()
 }
 
@@ -118,7 +120,8 @@ spec: {cidr: "2001:db8:192::/64"}
 	m.ping("docker exec bob", six, true)
 	m.ping("docker exec bob", m.address("ann"), true)
 	m.ping("docker exec bob", "2001:db8:0:1::1", true) // the host's
-	m.sh("docker rm -f ann bob && docker network rm net6")
+	m.sh("docker rm -f ann bob")
+	m.remove("net6")
 	m.clean()
 	m.sh("caracalctl delete ippool v6")
 	eventually(t, "the pool is gone", func() error {
@@ -157,7 +160,8 @@ spec:
 		return err
 	})
 	m.ping("docker exec front", db, false)
-	m.sh("docker rm -f db front && docker network rm net1 net2")
+	m.sh("docker rm -f db front")
+	m.remove("net1", "net2")
 	m.clean()
 }
 
@@ -203,6 +207,7 @@ func (m *machine) testStorm(t *testing.T) {
 		t.Errorf("containers, addresses, interfaces: %q", got)
 	}
 	m.ping("docker exec s0", "s29", true)
-	m.sh("docker rm -f $(docker ps -aq) && docker network rm net1")
+	m.sh("docker rm -f $(docker ps -aq)")
+	m.remove("net1")
 	m.clean()
 }
