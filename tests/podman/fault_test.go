@@ -94,7 +94,10 @@ func TestBadInput(t *testing.T) {
 	refused(run("--ip 2001:db8::1"), "2001:db8::1: address is in no pool")
 	refused(run("--mac-address 01:00:5e:00:00:01"), `"01:00:5e:00:00:01" is not a unicast Ethernet address`)
 	refused(run("--network caracal:interface_name=all"), "all")
-	refused(run("-p 8080:80"), "8080", "address already in use")
+	refused(run("-p 8080:80"), "port 8080/tcp of this host is published by caracal/"+m.sh("podman inspect web --format {{.Id}}"))
+	must(t, m.StartDaemon("listener", "busybox", "nc", "-l", "-p", "9090")) // of the machine itself
+	m.until("something listens", "ss -Hltn sport = 9090 | grep -q .")
+	refused(run("-p 9090:80"), "9090", "address already in use")
 	refused("CNI_ARGS='IgnoreUnknown=0;ROOM=7' "+run(""), `unknown key "ROOM"`)
 
 	edit := func(sed string) { m.sh("cp " + conf + " /root/good; sed -i '" + sed + "' " + conf) }

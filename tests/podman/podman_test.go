@@ -31,7 +31,7 @@ func TestBridge(t *testing.T) {
 func TestCaracal(t *testing.T) {
 	m := newMachines(t, 1)[0]
 	m.write("/etc/containers/containers.conf", userConf)
-	m.sh("mkdir -p /opt/cni/bin && cp /usr/lib/cni/portmap /opt/cni/bin && caracal/caracalctl install --agent")
+	m.sh("mkdir -p /opt/cni/bin && cp /usr/lib/cni/portmap /opt/cni/bin && caracal/caracalctl install --agent --pool 10.244.0.0/16 --pool fd00:10:244::/64")
 	m.sh("podman load -q -i busybox.tar")
 	testRuntime(t, m, "caracal") // no agent runs
 }
@@ -61,6 +61,11 @@ func testRuntime(t *testing.T, m *machine, driver string) {
 				t.Errorf("caracalctl pods: %s is %+v; podman says %s, %s", name, p, id, m.address(name))
 			}
 			m.sh("ip link show dev " + p.HostInterface)
+			v6 := m.sh("podman inspect " + name + " --format '{{.NetworkSettings.Networks.caracal.GlobalIPv6Address}}'")
+			if len(p.Addresses) != 2 || p.Addresses[1] != v6 {
+				t.Errorf("caracalctl pods: %s has %v, podman says %s", name, p.Addresses, v6)
+			}
+			m.sh("podman exec client ping -6 -c 1 -W 2 " + v6 + "; ping -c 1 -W 2 " + v6)
 		}
 		if len(known) != 2 {
 			t.Errorf("caracalctl pods shows %v", known)
@@ -103,6 +108,8 @@ func testRuntime(t *testing.T, m *machine, driver string) {
 func TestVersion(t *testing.T) {
 	m := newMachines(t, 1)[0]
 	m.sh("caracal/caracalctl install")
+	const made = "ls -R /var/lib/caracal /sys/fs/bpf /run/caracal 2>/dev/null || true"
+	before := m.sh(made)
 	for _, plugin := range []string{"caracal", "caracal-ipam"} {
 		out := m.sh(`echo '{"cniVersion": "0.4.0"}' | env -i CNI_COMMAND=VERSION CNI_PATH=dummy CNI_NETNS=dummy CNI_IFNAME=dummy CNI_CONTAINERID=dummy /opt/cni/bin/` + plugin)
 		for _, v := range []string{"0.4.0", "1.0.0"} {
@@ -111,7 +118,7 @@ func TestVersion(t *testing.T) {
 			}
 		}
 	}
-	if left := m.sh("ls /var/lib/caracal /sys/fs/bpf 2>/dev/null || true"); strings.Contains(left, "caracal") {
-		t.Errorf("VERSION made %s", left)
+	if after := m.sh(made); after != before {
+		t.Errorf("VERSION made %s\nof %s", after, before)
 	}
 }
