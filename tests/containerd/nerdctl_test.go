@@ -1,6 +1,7 @@
 package containerd
 
 import (
+	"fmt"
 	"net/netip"
 	"path/filepath"
 	"slices"
@@ -54,6 +55,7 @@ func (m *machine) runs(name, options string) *container {
 
 func (c *container) name() string { return c.word + " of " + c.m.Name }
 
+// exec may lose output, as nerdctl exec does now and then.
 func (c *container) exec(script string) (string, error) {
 	return c.m.Sh(c.m.t.Context(), "nerdctl exec "+c.word+" sh -c "+quote(script))
 }
@@ -137,10 +139,13 @@ func testNerdctl(t *testing.T, major string, h1, h2 *machine) {
 	mac := map[string]string{"v1": "--label", "v2": "--annotation"}[major] + " nerdctl/mac-address=02:00:5e:00:53:07"
 	for range 2 {
 		fixed := h1.runs("fixed", "--ip "+want.String()+" "+mac)
-		out, err := fixed.exec("ip -o addr show dev eth0; ip -o link show dev eth0")
-		if err != nil || !strings.Contains(out, want.String()+"/32") || !strings.Contains(out, "02:00:5e:00:53:07") {
-			t.Errorf("a container that asked for %s and 02:00:5e:00:53:07 has %s, %v", want, out, err)
-		}
+		eventually(t, "the container has what it asked for", func() error {
+			out, err := fixed.exec("ip -o addr show dev eth0; ip -o link show dev eth0")
+			if err == nil && (!strings.Contains(out, want.String()+"/32") || !strings.Contains(out, "02:00:5e:00:53:07")) {
+				err = fmt.Errorf("%s, 02:00:5e:00:53:07: it has %q", want, out)
+			}
+			return err
+		})
 		reached(t, fixed.name(), want.String(), 80, far, client)
 		fixed.does("rm -f")
 	}
