@@ -22,6 +22,7 @@ import (
 
 	"github.com/caracal-net/caracal/api"
 	"github.com/caracal-net/caracal/commit"
+	"github.com/caracal-net/caracal/enforce"
 	"github.com/caracal-net/caracal/internal/netns"
 	"github.com/caracal-net/caracal/internal/nl"
 	"github.com/caracal-net/caracal/internal/tc"
@@ -504,6 +505,44 @@ func (a *Adoption) Lock() (*node.Lock, error) {
 
 // AdoptLock is the file in the state directory that an adoption locks.
 const AdoptLock = "adopt.lock"
+
+// LearnPolicy puts policy in force as these resources say, so that adopted pods are under it from the beginning. It leaves that to an
+// agent that runs, and has nothing to do where nothing is said.
+func (a *Adoption) LearnPolicy(ctx context.Context, resources []api.Resource) error {
+	if len(resources) == 0 {
+		return nil
+	}
+	if err := prepareBPFFS(a.BPFFSDir); err != nil {
+		return err
+	}
+	c := &Config{StateDir: a.StateDir, BPFFSDir: a.BPFFSDir, BootIDFile: a.BootIDFile, NodeName: a.Node}
+	if err := loader.Ensure(c.loaderConfig()); err != nil {
+		return err
+	}
+	m, err := maps.Open(a.BPFFSDir)
+	if err != nil {
+		return err
+	}
+	defer m.Close()
+	p, err := enforce.Load(ctx, enforce.Config{Dir: a.StateDir, Maps: m, Node: a.Node, Log: a.Log})
+	if errors.Is(err, enforce.ErrHeld) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var local []node.Endpoint
+	err = (&Plugin{}).read(ctx, c, func(tx *node.Tx) (err error) {
+		local, err = tx.AllEndpoints()
+		return err
+	})
+	if err == nil || errors.Is(err, node.ErrNoDatabase) {
+		p.Replace(resources)
+		p.SetLocal(local)
+		_, err = p.Commit(ctx)
+	}
+	return errors.Join(err, p.Close())
+}
 
 // Take makes Calico's pod Caracal's. It can be repeated after it was interrupted, at any step: until the programs are attached the
 // kernel routes the pod's packets as before, and by then they find the pod in the maps.

@@ -197,6 +197,85 @@ func TestConvert(t *testing.T) {
 	}
 }
 
+// TestPolicy: policy that Calico had is in force for adopted pods before an agent runs, by the labels that Calico knew them by; and
+// pods of hosts that are Calico's still are known by theirs.
+func TestPolicy(t *testing.T) {
+	hosts := newHosts(t, 2, testenv.Bin(t, "caracal"))
+	h1, h2 := hosts[0], hosts[1]
+	web, client, other := h1.pod(1, 5, "web", "0.4.0", false), h1.pod(1, 6, "client", "0.3.1", false), h1.pod(1, 8, "other", "0.3.1", false)
+	far, stranger := h2.pod(2, 7, "far", "1.0.0", false), h2.pod(2, 8, "stranger", "1.0.0", false)
+	eventually(t, "Calico's hosts route to each other", func() error { return web.ping(far.addr) })
+	store(hosts)
+	h1.write("/root/export.yaml", export(hosts))
+	h1.ctl("import -f /root/export.yaml")
+	endpoints := `apiVersion: projectcalico.org/v3
+kind: GlobalNetworkPolicy
+metadata: {name: default.web}
+spec:
+  selector: app == "web"
+  types: [Ingress]
+  ingress:
+  - {action: Allow, source: {selector: role == "client"}}
+`
+	for _, p := range []*pod{web, client, other, far, stranger} {
+		labels := map[*pod]string{web: "app: web", client: "role: client", far: "role: client"}[p]
+		endpoints += fmt.Sprintf(`---
+apiVersion: projectcalico.org/v3
+kind: WorkloadEndpoint
+metadata:
+  name: %[1]s-k8s-%[2]s-eth0
+  namespace: default
+  labels: {%[3]s, projectcalico.org/namespace: default, projectcalico.org/orchestrator: k8s}
+spec:
+  containerID: "%[4]s"
+  endpoint: eth0
+  interfaceName: %[5]s
+  ipNetworks: [%[6]s/32]
+  node: %[1]s
+  orchestrator: k8s
+  pod: %[2]s
+  profiles: [kns.default, ksa.default.default]
+  serviceAccountName: default
+`, p.host.Name, p.name, map[bool]string{true: "x: z", false: labels}[labels == ""], p.id, p.ifname, p.addr)
+	}
+	h1.write("/root/endpoints.yaml", endpoints)
+	if out := h1.ctl("import -f /root/endpoints.yaml"); strings.Contains(out, "can't be") {
+		t.Error(out)
+	}
+	k := client.connect(web, web.addr)
+	h1.stopBIRD()
+	h1.ctl("adopt")
+	judged := func(when string) {
+		t.Helper()
+		for _, p := range []*pod{client, far} {
+			eventually(t, p.name+" reaches web "+when, func() error { return p.ping(web.addr) })
+		}
+		for _, p := range []*pod{other, stranger} {
+			if p.ping(web.addr) == nil {
+				t.Errorf("%s reaches web %s", p.name, when)
+			}
+		}
+		must(t, web.ping(other.addr)) // which is not web
+	}
+	judged("after adopt")
+	k.goesOn("under policy")
+	h1.startAgent()
+	h1.established(1)
+	judged("with caracald")
+	h1.clean()
+	judged("without Calico's firewall")
+	weps := h1.ctl("get workloadendpoints -A -o yaml")
+	if strings.Count(weps, "interfaceName: "+web.ifname) != 1 || !strings.Contains(weps, "serviceAccountName: default") || strings.Contains(weps, "name: h1-k8s-web-eth0") {
+		t.Errorf("endpoints in the store:\n%s", weps)
+	}
+	h2.stopBIRD()
+	h2.ctl("adopt")
+	h2.startAgent()
+	h2.established(1)
+	judged("with both hosts converted")
+	k.goesOn("at the end")
+}
+
 // namespace makes one for a new pod.
 func (h *host) namespace(name string) string {
 	h.t.Helper()
@@ -278,7 +357,7 @@ func TestKilled(t *testing.T) {
 	}
 	k.goesOn("after undo")
 	steps := []string{"adopt-load", "adopt-record", "adopt-sysctl", "adopt-lead", "adopt-commit", "adopt-policy", "adopt-attach", "adopt-pod", "adopt-host", "adopt-done"}
-	for _, step := range steps {
+	for at, step := range steps {
 		if out, err := h.Sh(t.Context(), "CARACAL_FAULT="+step+":kill /root/caracal/caracalctl adopt"); err == nil {
 			t.Errorf("killed at %s it ended well: %s", step, out)
 		}
@@ -294,9 +373,11 @@ func TestKilled(t *testing.T) {
 			t.Errorf("killed at %s and repeated it left\n%s\nnot\n%s", step, got, want)
 		}
 		k.goesOn("when repeated after " + step)
-		for _, step := range []string{"return-detach", "return-unmap", "return-forget"} {
-			h.Sh(t.Context(), "CARACAL_FAULT="+step+":kill /root/caracal/caracalctl adopt --undo")
-			must(t, a.ping(b.addr))
+		if at == 0 {
+			for _, step := range []string{"return-detach", "return-unmap", "return-forget"} {
+				h.Sh(t.Context(), "CARACAL_FAULT="+step+":kill /root/caracal/caracalctl adopt --undo")
+				must(t, a.ping(b.addr))
+			}
 		}
 		h.ctl("adopt --undo")
 		k.goesOn("when given back after " + step)
@@ -364,6 +445,7 @@ func TestIPv6(t *testing.T) {
 	h.write("/root/export.yaml", export(hosts)+"===\n"+`{"apiVersion": "projectcalico.org/v3", "kind": "IPPool", "metadata": {"name": "six"}, "spec": {"cidr": "fd00:10:244::/64"}}`)
 	h.ctl("import -f /root/export.yaml")
 	h.stopBIRD()
+	h.sh("ip link add vxlan.calico type vxlan id 4096 dstport 4789 dev eth0; ip addr add 10.244.1.0/32 dev vxlan.calico; ip link set vxlan.calico up")
 	eventually(t, "IPv6 works with Calico", func() error { return a.ping(b.addr6) })
 	talks := []*talk{a.connect(b, b.addr), a.connect(b, b.addr6), b.connect(a, a.addr6)}
 	h.ctl("adopt")
@@ -374,6 +456,18 @@ func TestIPv6(t *testing.T) {
 	h.sh("ip -n cni-a neigh replace 169.254.1.1 lladdr ee:ee:ee:ee:ee:ee nud permanent dev eth0")
 	h.installPlugins()
 	must(t, a.ping(b.addr6))
+	// The address of Calico's tunnel is nobody's until the tunnel is removed.
+	conf := json.RawMessage(strings.Replace(fmt.Sprintf(network, "0.3.1", h.Name), `"type": "calico-ipam"`, `"type": "calico-ipam", "ipv4_pools": ["10.244.0.0/16"]`, 1))
+	must(t, h.plugin("ADD", "new", h.namespace("new"), "default", "new", conf, nil))
+	if addrs := h.sh("ip -n cni-new -4 addr show eth0; ip -n cni-new -4 -o addr show eth0 | awk '{print $4}'"); !strings.Contains(addrs, "10.244.1.1/32") {
+		t.Errorf("the new pod has %s", addrs)
+	}
+	h.ctl("ipam check")
+	if out := h.ctl("adopt --clean"); !strings.Contains(out, "vxlan.calico") {
+		t.Errorf("clean said\n%s", out)
+	}
+	h.sh("! ip link show vxlan.calico")
+	h.ctl("ipam check")
 	pods := h.ctl("pods -o json")
 	for _, want := range []netip.Addr{a.addr, a.addr6, b.addr6} {
 		if !strings.Contains(pods, want.String()) {

@@ -1,6 +1,7 @@
 package migrate
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 
@@ -55,6 +56,30 @@ metadata: {}
 ---
 `, 1)
 	h1.write("/root/export", text)
+	endpoints := "apiVersion: projectcalico.org/v3\nitems:\n"
+	for _, p := range []*pod{a, b, c} {
+		endpoints += fmt.Sprintf(`- apiVersion: projectcalico.org/v3
+  kind: WorkloadEndpoint
+  metadata:
+    labels:
+      app: %[1]s
+      projectcalico.org/namespace: default
+    name: %[2]s-k8s-%[1]s-eth0
+    namespace: default
+  spec:
+    containerID: "%[3]s"
+    endpoint: eth0
+    interfaceName: %[4]s
+    ipNetworks:
+    - %[5]s/32
+    node: %[2]s
+    orchestrator: k8s
+    pod: %[1]s
+    profiles:
+    - kns.default
+`, p.name, p.host.Name, p.id, p.ifname, p.addr)
+	}
+	h1.write("/root/endpoints", endpoints+"kind: WorkloadEndpointList\nmetadata: {}\n")
 	shells := make(map[string]page.Shell)
 	for _, h := range hosts {
 		h.sh(`ln -s /root/caracal/caracal /root/caracal/caracald /root/caracal/caracalctl /usr/local/bin/
@@ -63,6 +88,7 @@ cat > /usr/local/bin/calicoctl <<'end'
 case "$*" in
 "datastore migrate lock") echo "Datastore locked." ;;
 "datastore migrate export") cat /root/export ;;
+"get workloadendpoints"*) cat /root/endpoints ;;
 *) exit 1 ;;
 esac
 end

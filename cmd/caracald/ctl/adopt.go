@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -15,6 +16,7 @@ import (
 	"github.com/caracal-net/caracal/agent"
 	"github.com/caracal-net/caracal/api"
 	"github.com/caracal-net/caracal/cni"
+	"github.com/caracal-net/caracal/enforce"
 	"github.com/caracal-net/caracal/internal/fault"
 	"github.com/caracal-net/caracal/node"
 	"github.com/caracal-net/caracal/store"
@@ -79,6 +81,8 @@ type adoptOptions struct {
 	*globals
 	dryRun, clean, undo bool
 	cache, node         string
+
+	resources []api.Resource // what the store says that is about policy
 }
 
 func (o *adoptOptions) run(cmd *cobra.Command) error {
@@ -160,6 +164,14 @@ func (o *adoptOptions) run(cmd *cobra.Command) error {
 
 // take adopts what Find found.
 func (o *adoptOptions) take(ctx context.Context, a *cni.Adoption, pods []*cni.CalicoPod, report *adoptReport) error {
+	if !o.dryRun && slices.ContainsFunc(pods, func(p *cni.CalicoPod) bool { return !p.Adopted }) {
+		if err := o.rename(ctx, a.Node, pods); err != nil {
+			return err
+		}
+		if err := a.LearnPolicy(ctx, o.resources); err != nil {
+			return err
+		}
+	}
 	for _, p := range pods {
 		if p.Adopted || o.dryRun {
 			continue
@@ -176,6 +188,51 @@ func (o *adoptOptions) take(ctx context.Context, a *cni.Adoption, pods []*cni.Ca
 	moved, err := a.TakeRoutes(o.dryRun)
 	report.Routes = append(report.Routes, moved...)
 	return err
+}
+
+// readPolicy reads what the store says that is about policy.
+func (o *adoptOptions) readPolicy(ctx context.Context, s store.Store) error {
+	for _, kind := range api.Kinds {
+		if !enforce.Concerns(kind) {
+			continue
+		}
+		all, err := list(ctx, s, kind, "", nil)
+		if err != nil {
+			return err
+		}
+		o.resources = append(o.resources, all...)
+	}
+	return nil
+}
+
+// rename gives the pods' endpoints, which Calico has published, the names that this node's agent will publish them under: so labels,
+// ports, profiles and service accounts stay with the pods.
+func (o *adoptOptions) rename(ctx context.Context, nodeName string, pods []*cni.CalicoPod) error {
+	var renamed []api.Resource
+	for _, p := range pods {
+		for _, r := range o.resources {
+			spec, ok := r.Spec.(*api.WorkloadEndpoint)
+			if !ok || p.Adopted || spec.Node != nodeName || spec.InterfaceName != p.Endpoint.HostIfName {
+				continue
+			}
+			r.Metadata.Namespace, r.Metadata.Name, _ = strings.Cut(enforce.EndpointID(nodeName, p.Endpoint), "/")
+			r.Metadata.Revision, r.Metadata.Created, r.Metadata.UID = "", "", ""
+			renamed = append(renamed, r)
+			break
+		}
+	}
+	if len(renamed) == 0 {
+		return nil
+	}
+	o.resources = append(o.resources, renamed...)
+	return o.withStore(ctx, func(s store.Store) error {
+		for _, r := range renamed {
+			if _, err := apply(ctx, s, r); err != nil {
+				return fmt.Errorf("%s: %w", r, err)
+			}
+		}
+		return nil
+	})
 }
 
 func adoptedRow(p *cni.CalicoPod) adoptedPod {
@@ -241,6 +298,9 @@ func (o *adoptOptions) adoption(ctx context.Context) (*cni.Adoption, error) {
 			if p, ok := r.Spec.(*api.IPPool); ok {
 				a.Pools = append(a.Pools, *p)
 			}
+		}
+		if err := o.readPolicy(ctx, s); err != nil {
+			return err
 		}
 		claims, err := agent.Blocks(ctx, s)
 		for _, c := range claims {

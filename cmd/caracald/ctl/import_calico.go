@@ -59,7 +59,6 @@ var foreignKinds = map[string]struct {
 	"IPAMConfig":                    {false, "a block always belongs to one host here, which claims as many as it needs"},
 	"IPAMConfiguration":             {false, "a block always belongs to one host here, which claims as many as it needs"},
 	"IPAMHandle":                    {false, "each host records who has which address; adopt does that"},
-	"WorkloadEndpoint":              {false, "the agents publish their pods"},
 	"StagedNetworkPolicy":           {false, "it is not in force in Calico either; try it with what-if"},
 	"StagedGlobalNetworkPolicy":     {false, "it is not in force in Calico either; try it with what-if"},
 	"StagedKubernetesNetworkPolicy": {false, "it is not in force in Calico either; try it with what-if"},
@@ -119,6 +118,13 @@ var fieldRules = map[string][]fieldRule{
 		{"localASNumber", nil, true, "a node has one AS number"},
 		{"localWorkloadSelector", nil, true, "pods are no BGP peers"},
 		{"reachableBy", nil, true, "the peer is reached by the host's own routes; add one there"},
+	},
+	"WorkloadEndpoint": {
+		{"ipNATs", nil, true, "pods have no floating addresses"},
+		{"allowSpoofedSourcePrefixes", nil, true, "a pod sends from its own addresses alone"},
+		{"qosControls", nil, true, "bandwidth is the bandwidth plugin's"},
+		{"ipv4Gateway", nil, false, "it is the same for all pods"},
+		{"ipv6Gateway", nil, false, "it is the same for all pods"},
 	},
 	"FelixConfiguration": {
 		{"wireguardEnabled", nil, true, "nothing encrypts what goes from host to host"},
@@ -210,6 +216,8 @@ func (im *importer) take(item manifest.Item) {
 		if !im.pool(it, item, spec) {
 			return
 		}
+	case "WorkloadEndpoint":
+		endpoint(meta, spec)
 	case "BGPPeer":
 		if spec["nextHopMode"] == "Keep" {
 			delete(spec, "nextHopMode")
@@ -234,6 +242,20 @@ func (im *importer) take(item manifest.Item) {
 	}
 	r.Metadata.Revision, r.Metadata.Created, r.Metadata.UID = "", "", ""
 	it.Kind, it.Name, it.resource = r.Kind.String(), r.Metadata.FullName(), &r
+}
+
+// endpoint takes out of a pod's endpoint what every pod has: labels that follow from its namespace, and Kubernetes' profiles, which
+// allow everything.
+func endpoint(meta, spec object) {
+	labels, _ := meta["labels"].(object)
+	for _, key := range []string{"projectcalico.org/namespace", "projectcalico.org/orchestrator", "projectcalico.org/serviceaccount"} {
+		delete(labels, key)
+	}
+	profiles, _ := spec["profiles"].([]any)
+	spec["profiles"] = slices.DeleteFunc(profiles, func(p any) bool {
+		name, _ := p.(string)
+		return strings.HasPrefix(name, "kns.") || strings.HasPrefix(name, "ksa.") || name == "projectcalico-default-allow"
+	})
 }
 
 // clean takes out what Kubernetes and calicoctl put beside a resource, and the group that Calico's resources have in Kubernetes.
