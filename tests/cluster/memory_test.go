@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/caracal-net/caracal/agent"
 	"github.com/caracal-net/caracal/tools/lab"
 )
@@ -20,37 +22,40 @@ const mostMemory = 60
 // policy and with 1,000 policies that are about all of the pods.
 func TestAgentMemory(t *testing.T) {
 	const pods, policies = 250, 1000
-	for _, c := range []struct {
+	h, ctx := newCluster(t, 1).Host(1), t.Context()
+	for i := range pods {
+		_, err := h.AddPod(ctx, fmt.Sprint("pod", i), lab.PodOptions{Labels: map[string]string{"app": fmt.Sprint("app", i%50)}})
+		must(t, err)
+	}
+	var all strings.Builder
+	for i := range policies {
+		all.WriteString(appPolicy(i, 80))
+	}
+	own := filepath.Join(h.Dir(), "own.cfg")
+	must(t, os.WriteFile(own, []byte("apiVersion: projectcalico.org/v3\nkind: CalicoAPIConfig\nspec: {datastoreType: bolt}\n"), 0o600))
+	for _, store := range []struct {
 		name string
-		host func(*testing.T) *lab.Host
-	}{
-		{"etcd", func(t *testing.T) *lab.Host { return newCluster(t, 1).Host(1) }},
-		{"bolt", func(t *testing.T) *lab.Host { return newHosts(t, 1).Host(1) }},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			h := c.host(t)
-			for i := range pods {
-				h.TestPod(t, fmt.Sprint("pod", i), lab.PodOptions{Labels: map[string]string{"app": fmt.Sprint("app", i%50)}})
-			}
-			is(t, h, "has all pods", func(s agent.Status) bool { return s.Policy.Resources >= pods })
-			withinMemory(t, h, "250 pods")
-			var all strings.Builder
-			for i := range policies {
-				all.WriteString(appPolicy(i, 80))
-			}
-			ctl(t, h, all.String(), "apply", "-f", "-")
-			is(t, h, "has all in force", func(s agent.Status) bool {
-				return s.Policy.Policies == policies && s.Policy.Resources >= pods+policies
-			})
-			withinMemory(t, h, "250 pods, 1,000 policies")
+		args []string
+	}{{"etcd", nil}, {"bolt", []string{"--config", own}}} {
+		if store.args != nil {
+			must(t, h.Signal(ctx, "caracald", unix.SIGTERM))
+			ctl(t, h, pools, append(store.args, "apply", "-f", "-")...)
+			must(t, h.StartAgent(ctx, store.args...))
+		}
+		is(t, h, "has published all pods", func(s agent.Status) bool { return s.Ready && s.Policy.Resources >= pods })
+		withinMemory(t, h, store.name+", 250 pods")
+		ctl(t, h, all.String(), append(store.args, "apply", "-f", "-")...)
+		is(t, h, "has all in force", func(s agent.Status) bool {
+			return s.Policy.Policies == policies && s.Policy.Resources >= pods+policies
 		})
+		withinMemory(t, h, store.name+", 250 pods, 1,000 policies")
 	}
 }
 
 // withinMemory waits until an agent's memory has not changed for some seconds, and wants it to be within mostMemory.
 func withinMemory(t *testing.T, h *lab.Host, what string) {
 	t.Helper()
-	const still = 5 * time.Second
+	const still = 3 * time.Second
 	var m map[string]int
 	since, last := time.Now(), 0
 	eventually(t, "the agent's memory stays the same", func() error {

@@ -43,7 +43,7 @@ func agentLog(t *testing.T, h *lab.Host) (lines []logLine) {
 // TestLogStoreAway: an agent whose store is away for long says so once, and once that it is there again. A clean start has no
 // warning.
 func TestLogStoreAway(t *testing.T) {
-	const away = 20 * time.Second
+	const away = 10 * time.Second
 	l := newCluster(t, 1)
 	h, ctx := l.Host(1), t.Context()
 	must(t, h.Signal(ctx, "caracald", unix.SIGTERM))
