@@ -222,6 +222,9 @@ func prepareBPFFS(dir string) error {
 	parent := filepath.Dir(dir)
 	err := loader.CheckBPFFS(parent)
 	if err == nil {
+		if err := unix.Access(parent, unix.W_OK|unix.X_OK); err != nil {
+			return fail(codeState, "bpffs_dir %s: %s can't be written: %s; mount it writable, or name another", dir, parent, err)
+		}
 		return nil
 	}
 	const root = "/sys/fs/bpf"
@@ -237,7 +240,7 @@ func prepareBPFFS(dir string) error {
 		return fail(codeState, "%s is not a bpf file system here, and this is a mount namespace of its own, where one would be seen by nobody else: mount it on the machine (mount -t bpf bpf %s) and run the plugin in a mount namespace that sees it", root, root)
 	}
 	if errors.Is(err, fs.ErrNotExist) {
-		return fail(codeState, "bpffs_dir %s: %s does not exist", dir, parent)
+		return fail(codeState, "bpffs_dir %s: %s does not exist; make it and mount a bpf file system there (mount -t bpf bpf %s), or name another", dir, parent, parent)
 	}
 	return fail(codeState, "bpffs_dir %s: %s; mount one there (mount -t bpf bpf %s)", dir, err, parent)
 }

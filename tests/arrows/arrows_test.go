@@ -47,7 +47,7 @@ var owners = map[string][]string{
 }
 
 // neverInPlugin must not be linked into the CNI plugin: its start-up time and size are part of ADD's latency.
-var neverInPlugin = []string{"github.com/osrg/gobgp", "go.etcd.io/etcd", "k8s.io/", "github.com/spf13/cobra", "github.com/docker/"}
+var neverInPlugin = []string{"github.com/osrg/gobgp", "go.etcd.io/etcd", "k8s.io/", "github.com/spf13/cobra", "github.com/docker/", "go.opentelemetry.io/"}
 
 type pkg struct {
 	ImportPath string

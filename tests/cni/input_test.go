@@ -237,6 +237,33 @@ func TestOtherVersion(t *testing.T) {
 	must(t, os.Remove(filepath.Join(h.pins(), "state")))
 }
 
+// TestDirectories: each directory that can't be used is named, with the key for another.
+func TestDirectories(t *testing.T) {
+	h := newHost(t)
+	p := h.pod()
+	bpffs, file := filepath.Join(h.dir, "bpf"), filepath.Join(h.dir, "file")
+	must(t, os.WriteFile(file, nil, 0o600))
+	must(t, unix.Mount("", bpffs, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""))
+	p.fails(106, "bpffs_dir "+h.pins()+": "+bpffs+" can't be written: read-only file system; mount it writable, or name another", "ADD")
+	must(t, unix.Mount("", bpffs, "", unix.MS_REMOUNT, ""))
+	for _, c := range []struct {
+		key, dir, words string
+		code            int
+	}{
+		{"state_dir", filepath.Join(file, "state"), "make its directory writable, or name another (state_dir in the conflist", 5},
+		{"state_dir", file, "make its directory writable, or name another (state_dir in the conflist", 5},
+		{"bpffs_dir", filepath.Join(h.dir, "none", "pins"), "none does not exist; make it and mount a bpf file system there", 106},
+		{"bpffs_dir", filepath.Join(h.dir, "pins"), "not in a bpf file system; mount one there", 106},
+	} {
+		p.conf = object{c.key: c.dir}
+		p.fails(c.code, c.words, "ADD")
+	}
+	p.conf = nil
+	p.add()
+	p.del()
+	h.clean()
+}
+
 // TestStateDisk: read-only, full, corrupt and locked.
 func TestStateDisk(t *testing.T) {
 	h := newHost(t)
