@@ -98,7 +98,7 @@ Calico's placeholders (__CNI_MTU__, __KUBERNETES_NODE_NAME__, ...). Flags have t
 		RunE: func(cmd *cobra.Command, _ []string) error { return o.run(cmd) },
 	}
 	f := cmd.Flags()
-	f.StringVar(&o.from, "from", "", "`DIR` that holds the plugin (caracal); none: that of this program")
+	f.StringVar(&o.from, "from", "", "`DIR` that holds the plugin (caracal); none: that of this program, or --bin-dir if the plugin is only there")
 	f.StringVar(&o.binDir, "bin-dir", defaultBinDir, "`DIR` for the plugins")
 	f.StringVar(&o.confDir, "conf-dir", defaultConfDir, "`DIR` for the network")
 	f.StringVar(&o.confName, "conf-name", defaultConfName, "`NAME` of the network's file")

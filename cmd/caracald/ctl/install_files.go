@@ -144,6 +144,9 @@ func (o *installOptions) plan(network []byte) ([]item, error) {
 	from := o.from
 	if from == "" {
 		from = filepath.Dir(self)
+		if _, err := os.Stat(filepath.Join(from, pluginNames[0])); errors.Is(err, fs.ErrNotExist) && ownProgram(filepath.Join(o.binDir, pluginNames[0])) {
+			from = o.binDir // an earlier install has put this program elsewhere: the plugin stays
+		}
 	}
 	plugin := filepath.Join(from, pluginNames[0])
 	if err := checkPlugin(plugin); err != nil {

@@ -107,6 +107,7 @@ type health struct {
 
 func newHealthCommand(g *globals) *cobra.Command {
 	var address string
+	var wait time.Duration
 	cmd := &cobra.Command{
 		Use:   "health",
 		Short: "Ask whether this node's agent, or its installation, is healthy",
@@ -115,13 +116,11 @@ that has installed Caracal, whether all is still in place. It is the image's hea
 
 Exit code 1: it is not, or nobody answers.`,
 		Example: `  caracalctl health
+  caracalctl health --wait 30s
   caracalctl health --address 127.0.0.1:9099 -o json`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			h, err := askHealth(cmd.Context(), address)
-			if err != nil {
-				h.Problems = []string{err.Error()}
-			}
+			h := awaitHealth(cmd.Context(), address, wait)
 			t := newTable("HEALTHY", "PROBLEM")
 			for _, p := range h.Problems {
 				t.add(yesNo(false), p)
@@ -135,8 +134,26 @@ Exit code 1: it is not, or nobody answers.`,
 			return errFound
 		},
 	}
+	cmd.Flags().DurationVar(&wait, "wait", 0, "how long it may take to become healthy")
 	cmd.Flags().StringVar(&address, "address", defaultHealth, "`ADDRESS` to ask")
 	return cmd
+}
+
+// awaitHealth asks a health address until it is healthy, or for as long as that may take.
+func awaitHealth(ctx context.Context, address string, wait time.Duration) health {
+	for end := time.Now().Add(wait); ; {
+		h, err := askHealth(ctx, address)
+		if err != nil {
+			h.Problems = []string{err.Error()}
+		}
+		if h.Healthy || ctx.Err() != nil || time.Now().After(end) {
+			return h
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
 }
 
 // askHealth asks a health address.

@@ -60,13 +60,20 @@ func (o *nodeRunOptions) configFile() string {
 	return ""
 }
 
+// agentNames are the variables that caracald reads beside etcd's.
+var agentNames = []string{
+	"DATASTORE_TYPE", "NODENAME", "IP", "IP6", config.Variable, "CARACAL_NODENAME", "CARACAL_LABELS", "CARACAL_MASQUERADE_PORTS", "CARACAL_CONFIG",
+	"CARACAL_STATE_DIR", "CARACAL_BPFFS_DIR", "CARACAL_BOOT_ID_FILE", "CARACAL_SOCKET", "CARACAL_DOCKER", "CARACAL_DOCKER_SCOPE", "CARACAL_DOCKER_ENGINE",
+	"CARACAL_LOG_FILE", "CARACAL_LOG_LEVEL",
+}
+
 // agentVariables are the names of the variables that are set here and that caracald reads.
 func agentVariables() []string {
 	var names []string
 	for _, v := range os.Environ() {
 		name, value, _ := strings.Cut(v, "=")
 		plain := strings.TrimPrefix(name, "CALICO_")
-		if value != "" && (strings.HasPrefix(plain, "ETCD_") || slices.Contains([]string{"DATASTORE_TYPE", "NODENAME", "IP", "IP6"}, plain) || strings.HasPrefix(name, "CARACAL_")) {
+		if value != "" && (strings.HasPrefix(plain, "ETCD_") || slices.Contains(agentNames, plain)) {
 			names = append(names, name)
 		}
 	}
