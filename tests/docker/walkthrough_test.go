@@ -62,3 +62,33 @@ func TestWalkthrough(t *testing.T) {
 		})
 	}
 }
+
+// TestPage runs docs/docker.md: h1 is alone, h2 and h3 share a store.
+func TestPage(t *testing.T) {
+	t.Parallel()
+	all := newMachines(t, lab.Config{Hosts: 3, Outside: true}, testenv.Bin(t, "caracal"))
+	shared(t, all[1:], "10.244.0.0/16")
+	together(all, (*machine).startDocker)
+	page.Run(t, "../../docs/docker.md", map[string]page.Shell{"h1": all[0].Sh, "h2": all[1].Sh, "h3": all[2].Sh})
+	for _, m := range all {
+		m.clean()
+	}
+}
+
+// shared starts etcd on the first of the machines and gives all its address, as their agents and caracalctl read it, and a pool.
+func shared(t *testing.T, all []*machine, cidr string) {
+	t.Helper()
+	testenv.NeedProgram(t, "etcd", "etcd-server")
+	url := fmt.Sprintf("http://%s:2379", all[0].Addr())
+	must(t, all[0].StartDaemon("etcd", "etcd", "--data-dir", "/var/lib/etcd", "--listen-client-urls", url, "--advertise-client-urls", url))
+	for _, m := range all {
+		m.sh("mkdir /etc/calico")
+		m.write("/etc/calico/calicoctl.cfg", "apiVersion: v1\nkind: calicoApiConfig\nmetadata:\nspec:\n  datastoreType: etcdv3\n  etcdEndpoints: "+url+"\n")
+		m.agent = append(m.agent, "-c", "/etc/calico/calicoctl.cfg")
+	}
+	eventually(t, "etcd answers", func() error {
+		_, err := all[0].Sh(t.Context(), "caracalctl get nodes")
+		return err
+	})
+	all[0].apply(strings.Replace(pool, "192.168.0.0/16", cidr, 1))
+}
