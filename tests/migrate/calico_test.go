@@ -173,6 +173,7 @@ func (h *host) becomeCalico(i int, all []*host) {
 	h.write("/var/lib/calico/nodename", h.Name)
 	h.write("/var/lib/calico/mtu", "1500")
 	h.write("/opt/cni/bin/calico", "#!/bin/sh\necho Calico >&2; exit 1\n")
+	h.sh("ln -s /usr/lib/cni/portmap /usr/lib/cni/bandwidth /opt/cni/bin/") // which Calico's network names
 	conf := fmt.Sprintf(birdConf, h.Addr(), i)
 	for j, other := range all {
 		if j+1 == i {
