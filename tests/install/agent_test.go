@@ -20,10 +20,7 @@ const agentOptions = `--net=host --pid=host --cap-drop=ALL --cap-add=NET_ADMIN -
 const simulated = "-v /proc/sys/kernel/random/boot_id:/boot_id:ro -e CARACAL_BOOT_ID_FILE=/boot_id "
 
 // The agent as a container: with the least that it works with, through a restart, with pods.
-func TestAgentContainer(t *testing.T) {
-	m := boot(t, 1)[0]
-	m.sh("ip route add default via 192.0.2.254")
-	m.docker()
+func agentContainer(t *testing.T, m machine) {
 	m.sh("mkdir -p /var/lib/caracal; docker run --rm -e SLEEP=false -v /var/lib/caracal:/var/lib/caracal -v /etc/cni/net.d:/etc/cni/net.d -v /opt/cni/bin:/opt/cni/bin " + image)
 	m.pod("a")
 	m.sh("docker run -d --name caracald --restart=always --memory=256M --cpus=1 --health-interval 1s -e CARACAL_DOCKER=caracal " + agentOptions + simulated + image + " caracald")

@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/caracal-net/caracal/tests/testenv"
 	"github.com/caracal-net/caracal/tools/lab"
 )
@@ -135,10 +137,25 @@ func add(name string, through ...string) string {
 		name, name, strings.Join(through, " "))
 }
 
-// The command line with which people start Calico's CNI image, and all that they do then.
-func TestSeedSession(t *testing.T) {
+// What the image does, on one machine.
+func TestDocker(t *testing.T) {
 	m := boot(t, 1)[0]
+	m.sh("ip route add default via 192.0.2.254")
 	m.docker()
+	for _, part := range []struct {
+		name string
+		run  func(*testing.T, machine)
+	}{{"seed", seedSession}, {"options", imageOptions}, {"agent", agentContainer}, {"datastore", datastore}} {
+		t.Run(part.name, func(t *testing.T) {
+			part.run(t, machine{m.Machine, t})
+			m.sh(`docker rm -f $(docker ps -aq) >/dev/null; /root/caracal/caracalctl uninstall --force
+				for p in $(ip netns list | cut -d" " -f1); do ip netns del $p; done; rm -rf /etc/cni/net.d/* /opt/cni/bin/* /etc/calico`)
+		})
+	}
+}
+
+// The command line with which people start Calico's CNI image, and all that they do then.
+func seedSession(t *testing.T, m machine) {
 	if out := m.sh("docker image inspect " + image + " --format '{{.Size}}'"); len(out) > 8 || out > "60000000" && len(out) == 8 {
 		t.Errorf("the image has %s bytes, more than 60 MB", out)
 	} else {
@@ -196,9 +213,7 @@ func TestSeedSession(t *testing.T) {
 }
 
 // Limits, the image's health check and Docker's own, and users that are not root.
-func TestImageOptions(t *testing.T) {
-	m := boot(t, 1)[0]
-	m.docker()
+func imageOptions(t *testing.T, m machine) {
 	mounts := "--net=host -v /etc/cni/net.d:/etc/cni/net.d -v /opt/cni/bin:/opt/cni/bin "
 	m.sh("docker run -d --name limited --memory=1G --memory-swap=1G --cpus=0.5 --health-interval 1s " + mounts + image)
 	m.await("docker inspect limited --format '{{.State.Health.Status}}'", "^healthy")
@@ -229,4 +244,9 @@ func TestImageOptions(t *testing.T) {
 	}
 	m.await("curl -s http://127.0.0.1:9099/", "404")
 	m.fails("docker run --rm "+mounts+image, "--health 127.0.0.1:9099: another program listens there")
+	m.fails("/root/caracal/caracalctl install --sleep --force", "(busybox) listens there")
+	if err := m.Signal(t.Context(), "other", unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	m.sh("chown 0 /etc/cni/net.d /opt/cni/bin")
 }

@@ -18,11 +18,8 @@ end
 `
 
 // With a datastore the network comes after that answers, and a node runs as a container by the command line of calicoctl.
-func TestDatastore(t *testing.T) {
-	m := boot(t, 1)[0]
+func datastore(t *testing.T, m machine) {
 	testenv.NeedProgram(t, "etcd", "etcd-server")
-	m.sh("ip route add default via 192.0.2.254")
-	m.docker()
 	m.fails("ETCD_ENDPOINTS=http://127.0.0.1:2379 /root/caracal/caracalctl install --wait 1s", "the datastore does not answer, so nothing was installed", "ETCD_ENDPOINTS (http://127.0.0.1:2379)")
 	m.fails("ls /opt/cni/bin/caracal /etc/cni/net.d/10-caracal.conflist")
 	m.sh("docker run -d --name install --net=host -v /etc/cni/net.d:/etc/cni/net.d -v /opt/cni/bin:/opt/cni/bin -e CALICO_IPV4POOL_CIDR=10.9.0.0/16 " +

@@ -249,7 +249,7 @@ func (o *installOptions) preparePools(cmd *cobra.Command, wanted []api.IPPool) e
 	defer cancel()
 	for {
 		err := o.withStore(cmd.Context(), func(s store.Store) error {
-			there, err := list(cmd.Context(), s, kind, "", nil)
+			there, err := list(ctx, s, kind, "", nil)
 			if err != nil {
 				return err
 			}
@@ -258,7 +258,7 @@ func (o *installOptions) preparePools(cmd *cobra.Command, wanted []api.IPPool) e
 			}
 			return o.createPools(cmd, s, kind, wanted)
 		})
-		if !errors.Is(err, store.ErrUnavailable) {
+		if !errors.Is(err, store.ErrUnavailable) && !errors.Is(err, context.DeadlineExceeded) {
 			return err
 		}
 		select {
