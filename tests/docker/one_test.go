@@ -93,9 +93,10 @@ func (m *machine) testRequests(t *testing.T) {
 
 	m.fails(busy("--name xx --net net1 --ip "+asked), asked, "taken by container ann")
 	m.fails(busy("--name yy --net net1 --ip 192.168.200.1"), "192.168.200.1: address is in no block of this node; ask for it on the node that has 192.168.200.0/26")
+	m.fails(busy("--name oo --net net1 --ip 10.9.9.9"), "no configured subnet or ip-range contains the IP address 10.9.9.9") // Docker itself
 	m.fails(busy("--name zz --net net1 --mac-address 01:00:5e:00:00:01"), "01:00:5e:00:00:01", "no unicast Ethernet address")
 	m.fails(busy("--name pp --net net1 -p 8080:80"), "published ports (-p): not supported")
-	m.sh("docker rm -f ann bob xx yy zz pp")
+	m.sh("docker rm -f ann bob xx yy oo zz pp")
 	m.sh(busy("--name ann --net net1 --ip " + asked)) // it is free again
 	m.sh("docker rm -f ann")
 	m.remove("net1")
