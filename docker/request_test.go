@@ -73,7 +73,9 @@ func FuzzRequests(f *testing.F) {
 				t.Fatalf("accepted %+v %+v", cfg, want)
 			}
 		}
-		var container struct{ Config struct{ Labels map[string]string } }
+		var container struct {
+			Config struct{ Labels map[string]string }
+		}
 		if json.Unmarshal(data, &container) == nil {
 			ownLabels(container.Config.Labels)
 		}

@@ -218,6 +218,50 @@ func TestCommit(t *testing.T) {
 	}
 }
 
+// TestProfiles: a pod that names a profile is judged by it, without any policy; as long as there is no such profile it is cut off.
+func TestProfiles(t *testing.T) {
+	const one, two, other = "10.0.0.1", "10.0.0.2", "10.0.0.3"
+	h := newHost(t, loader.Config{})
+	h.addPod("", "one", one, nil)
+	h.addPod("", "two", two, nil)
+	h.addPod("", "other", other, nil)
+	for i := range 2 {
+		h.pods[i].Profiles = []string{"docker.net"}
+	}
+	h.p.Replace(nil)
+	h.commit()
+	h.check(other, one, 80, policy.Deny)
+	h.check(two, one, 80, policy.Deny)
+	h.put(`apiVersion: projectcalico.org/v3
+kind: Profile
+metadata: {name: docker.net}
+spec:
+  labelsToApply: {docker.caracal.dev/net: ""}
+  ingress: [{action: Allow, source: {selector: has(docker.caracal.dev/net)}}]
+  egress: [{action: Allow}]
+`)
+	h.commit()
+	h.check(two, one, 80, policy.Allow)
+	h.check(other, one, 80, policy.Deny)
+	h.check(one, other, 80, policy.Allow)
+
+	// Who has only what was saved judges alike.
+	if err := h.p.Tidy(); err != nil {
+		t.Fatal(err)
+	}
+	if selects, err := Selects(t.Context(), h.cfg.Dir, h.pods[0]); err != nil || !selects {
+		t.Errorf("what was saved is about a pod of the profile: %t, %v", selects, err)
+	}
+	h.kill()
+	h.load()
+	if r := h.commit(); r.Changed {
+		t.Errorf("after a restart: %+v", r)
+	}
+	h.p.Delete(kind(t, "profiles"), "", "docker.net")
+	h.commit()
+	h.check(two, one, 80, policy.Deny)
+}
+
 func TestEndpointName(t *testing.T) {
 	names := make(map[string]bool)
 	for _, k := range []node.Key{
