@@ -28,11 +28,14 @@ func compare(want []string, first int, out string) error {
 			}
 		}
 		if !some(next) {
-			saw := "the output's end"
-			if matched < len(got) {
-				saw = fmt.Sprintf("%q", got[matched])
+			saw := "got the output's end"
+			switch {
+			case i > 0 && strings.TrimSpace(want[i-1]) == anyLines:
+				saw = "which no line behind is"
+			case matched < len(got):
+				saw = fmt.Sprintf("got %q", got[matched])
 			}
-			return fmt.Errorf("line %d: want %q, got %s", first+i, w, saw)
+			return fmt.Errorf("line %d: want %q, %s", first+i, w, saw)
 		}
 		at = next
 	}

@@ -103,7 +103,7 @@ func TestCompare(t *testing.T) {
 		{"a\n...", "a", ""},
 		{"...\nb\n...\nc", "b\nc\nb\nd", `line 10: more output follows than the document shows: "b"`},
 		{"...\nb\n...\na", "b\na\nb", `line 10: more output follows than the document shows: "b"`},
-		{"...\nx", "a\nb", `line 8: want "x", got "a"`},
+		{"...\nx", "a\nb", `line 8: want "x", which no line behind is`},
 		{"10.244....  eth0", "10.244.3.7  eth0", ""},
 		{"10.244....", "10.2441", `line 7: want "10.244....", got "10.2441"`},
 		{"a...b...c", "a1b2c", ""},
