@@ -25,15 +25,16 @@ func TestMachines(t *testing.T) {
 	}
 	meet := func(names ...string) {
 		t.Helper()
-		for _, from := range all {
-			for _, to := range all {
-				for _, name := range names {
-					for _, container := range []string{"", "a"} {
-						from.gets(container, to.address(name)+":80", to.says(name))
-						from.gets(container, fmt.Sprintf("%s:%d", to.Addr(), ports[name]), to.says(name))
-					}
-				}
+		var servers []server
+		for _, m := range all {
+			for _, name := range names {
+				servers = append(servers, server{m.address(name) + ":80", m.says(name)},
+					server{fmt.Sprintf("%s:%d", m.Addr(), ports[name]), m.says(name)})
 			}
+		}
+		for _, m := range all {
+			m.gets("", servers...)
+			m.gets("a", servers...)
 		}
 	}
 	meet("a", "b", "c")
@@ -46,7 +47,7 @@ func TestMachines(t *testing.T) {
 	if after := h2.address("b"); after != address {
 		t.Errorf("%s became %s", address, after)
 	}
-	h1.gets("a", address+":80", h2.says("b"))
+	h1.gets("a", server{address + ":80", h2.says("b")})
 
 	// Networks of a running container.
 	address = h1.address("b")
@@ -58,21 +59,21 @@ func TestMachines(t *testing.T) {
 		t.Error("caracalctl pods shows a disconnected container")
 	}
 	h1.sh("podman network connect caracal b")
-	h2.gets("a", h1.address("b")+":80", h1.says("b"))
+	h2.gets("a", server{h1.address("b") + ":80", h1.says("b")})
 	h1.sh("podman network disconnect caracal b; podman network connect --ip " + address + " caracal b")
-	h2.gets("a", address+":80", h1.says("b"))
+	h2.gets("a", server{address + ":80", h1.says("b")})
 
 	// Pods.
 	h1.sh("podman pod create --name p -p 8008:80 --infra-image " + pause)
 	h1.serve("member", "--pod p")
 	h1.sh("podman run -d --pod p --name other --stop-timeout 0 " + busybox + " sleep 1000000")
-	h1.gets("other", "127.0.0.1:80", h1.says("member"))
-	h2.gets("a", h1.Addr().String()+":8008", h1.says("member"))
+	h1.gets("other", server{"127.0.0.1:80", h1.says("member")})
+	h2.gets("a", server{h1.Addr().String() + ":8008", h1.says("member")})
 	if p := h1.pods()["p"]; len(p.Addresses) != 1 {
 		t.Errorf("the pod has the addresses of one container: %+v", h1.pods())
 	}
 	h1.sh("podman pod restart p")
-	h2.gets("a", h1.Addr().String()+":8008", h1.says("member"))
+	h2.gets("a", server{h1.Addr().String() + ":8008", h1.says("member")})
 	h1.sh("podman pod rm -f -t 0 p")
 
 	// The options of a network.
@@ -90,7 +91,7 @@ func TestMachines(t *testing.T) {
 	}
 	h2.sh("podman start --all --filter restart-policy=always") // what podman-restart.service does
 	h2.sh("podman start b")
-	h2.gets("a", h2.address("b")+":80", h2.says("b"))
+	h2.gets("a", server{h2.address("b") + ":80", h2.says("b")})
 	h2.sh("caracalctl node run; podman start c")
 	meet("a", "c")
 	if pods := h2.pods(); len(pods) != 3 {
@@ -161,9 +162,9 @@ end`)
 		silent(h1, "web", at)
 		silent(h2, "client", at)
 	}
-	h1.gets("till", db, h1.says("db"))
-	h1.gets("till", far, h2.says("far"))
-	h2.gets("client", h1.address("web")+":80", h1.says("web"))
+	h1.gets("till", server{db, h1.says("db")})
+	h1.gets("till", server{far, h2.says("far")})
+	h2.gets("client", server{h1.address("web") + ":80", h1.says("web")})
 	if out := h1.sh("caracalctl why web db:80 || true"); !strings.Contains(out, "DENIED") || !strings.Contains(out, "GlobalNetworkPolicy db") {
 		t.Errorf("why: %s", out)
 	}
@@ -174,7 +175,7 @@ end`)
 	silent(h1, "web", db)
 	silent(h1, "till", db)
 	h1.sh("CNI_ARGS=K8S_POD_NAMESPACE=shop podman restart -t 0 till")
-	h1.gets("till", db, h1.says("db"))
+	h1.gets("till", server{db, h1.says("db")})
 
 	// One container in both networks has the policy of each at its interface.
 	h1.sh("cp /usr/lib/cni/sbr /opt/cni/bin; sed -i 's/\"type\": \"portmap\"/\"type\": \"sbr\"},{&/' /etc/cni/net.d/20-db.conflist; caracalctl validate /etc/cni/net.d/20-db.conflist")
@@ -183,7 +184,7 @@ end`)
 	if len(addresses) != 2 || slices.Contains(addresses, "invalid") {
 		t.Fatalf("addresses %v", addresses)
 	}
-	h2.gets("client", addresses[0]+":80", "both")
+	h2.gets("client", server{addresses[0] + ":80", "both"})
 	silent(h2, "client", addresses[1]+":80")
 	for _, m := range all {
 		m.clean()
@@ -203,7 +204,7 @@ func TestBandwidth(t *testing.T) {
 		m.serve(network, "-p 8080:80 --network "+network)
 		m.sh("podman exec " + network + " dd if=/dev/zero of=/srv/big bs=1M count=2")
 		at := m.address(network)
-		m.gets("", at+":80", m.says(network))
+		m.gets("", server{at + ":80", m.says(network)})
 		for _, url := range []string{"http://" + at + "/big", "http://" + m.Addr().String() + ":8080/big"} {
 			var speed float64
 			if _, err := fmt.Sscan(m.sh("curl -sS -o /dev/null -w %{speed_download} "+url), &speed); err != nil {

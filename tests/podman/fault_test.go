@@ -39,11 +39,11 @@ esac
 	if now := m.address("web"); now != address {
 		t.Errorf("the address was %s, is %s", address, now)
 	}
-	m.gets("other", address+":80", m.says("web"))
-	m.gets("", m.Addr().String()+":8080", m.says("web"))
+	m.gets("other", server{address + ":80", m.says("web")})
+	m.gets("", server{m.Addr().String() + ":8080", m.says("web")})
 
 	m.sh("kill -9 $(podman inspect web --format {{.State.ConmonPid}})")
-	m.gets("", m.Addr().String()+":8080", m.says("web"))
+	m.gets("", server{m.Addr().String() + ":8080", m.says("web")})
 	m.sh("podman rm -f -t 0 web") // podman can't restart what has no conmon
 	m.serve("web", "-p 8080:80")
 	m.sh("kill -9 $(podman inspect web --format {{.State.Pid}})")
@@ -54,7 +54,7 @@ esac
 		return nil
 	})
 	m.sh("podman start web")
-	m.gets("", m.Addr().String()+":8080", m.says("web"))
+	m.gets("", server{m.Addr().String() + ":8080", m.says("web")})
 	m.sh("kill -9 $(podman inspect web --format '{{.State.ConmonPid}} {{.State.Pid}}')")
 	m.sh("podman rm -f -t 0 web")
 
@@ -65,7 +65,7 @@ esac
 	}
 	m.sh("podman rm -f -i -t 0 web")
 	m.serve("web", "-p 8080:80")
-	m.gets("other", m.Addr().String()+":8080", m.says("web"))
+	m.gets("other", server{m.Addr().String() + ":8080", m.says("web")})
 	// podman knows nothing of the namespaces that it made before it was killed.
 	m.sh(`podman rm -fa -t 0; for n in /run/netns/netns-*; do [ ! -e "$n" ] || ip netns del "${n##*/}"; done`)
 	m.clean()
@@ -105,7 +105,7 @@ func TestBadInput(t *testing.T) {
 		t.Helper()
 		m.sh("cp /root/good " + conf)
 		m.sh(run(""))
-		m.gets("", "127.0.0.1:8080", m.says("web"))
+		m.gets("", server{"127.0.0.1:8080", m.says("web")})
 	}
 	const fallback = `failed to find plugin "bridge"` // podman's own network, which is out of its reach
 	edit(`s/"cluster": true/"cluster": true, "reservations": ["10.244.0.32\/28"]/`)
@@ -152,7 +152,7 @@ func TestBadInput(t *testing.T) {
 	if pods := m.pods(); pods["first"].Network != "caracal" || pods["second"].Network != "two" {
 		t.Errorf("pods: %v", pods)
 	}
-	m.gets("first", m.address("second")+":80", m.says("second"))
+	m.gets("first", server{m.address("second") + ":80", m.says("second")})
 	m.fails("podman network rm two", "has associated containers")
 	m.sh("rm /etc/cni/net.d/05-two.conflist; podman rm -f -t 0 first second") // by what libcni has kept
 	if left := m.sh(leftovers); left != before {

@@ -177,17 +177,25 @@ func (m *machine) address(name string) string {
 	return m.sh("podman inspect " + name + " --format '{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}'")
 }
 
-// gets waits until the web server at ADDRESS:PORT gives an answer to the machine, or to a container of it if one is named.
-func (m *machine) gets(container, at, want string) {
+// server is a web server at ADDRESS:PORT and what it says.
+type server struct{ at, says string }
+
+// gets waits until web servers give their answers to the machine, or to a container of it if one is named.
+func (m *machine) gets(container string, from ...server) {
 	m.t.Helper()
-	ask := "curl -sS -m 2 http://" + at + "/"
+	var at, want []string
+	for _, s := range from {
+		at, want = append(at, s.at), append(want, s.says)
+	}
+	ask := "for at in " + strings.Join(at, " ") + "; do curl -sS -m 2 http://$at/; done"
 	if container != "" { // not wget: that of some static busybox crashes
-		ask = fmt.Sprintf(`podman exec %s sh -c "printf 'GET / HTTP/1.0\r\n\r\n' | nc -w 2 %s" | tail -n 1`, container, strings.Replace(at, ":", " ", 1))
+		ask = "for at in " + strings.Join(at, " ") + `; do printf "GET / HTTP/1.0\r\n\r\n" | nc -w 2 ${at%:*} ${at#*:} | tail -n 1; done`
+		ask = "podman exec " + container + " sh -c '" + ask + "'"
 	}
 	eventually(m.t, fmt.Sprintf("%s %s gets %s", m.Name, container, at), func() error {
 		out, err := m.try(ask)
-		if err == nil && out != want {
-			err = fmt.Errorf("answer %q, want %q", out, want)
+		if err == nil && out != strings.Join(want, "\n") {
+			err = fmt.Errorf("answers %q, want %q", out, want)
 		}
 		return err
 	})

@@ -45,12 +45,11 @@ func testRuntime(t *testing.T, m *machine, driver string) {
 	m.serve("client", "")
 	meet := func() {
 		t.Helper()
-		m.gets("client", m.address("web")+":80", m.says("web"))
-		m.gets("web", m.address("client")+":80", m.says("client"))
-		for _, from := range []string{"", "client", "web"} {
-			m.gets(from, m.Addr().String()+":8080", m.says("web"))
-		}
-		m.gets("", "127.0.0.1:8080", m.says("web"))
+		published := server{m.Addr().String() + ":8080", m.says("web")}
+		web, client := server{m.address("web") + ":80", m.says("web")}, server{m.address("client") + ":80", m.says("client")}
+		m.gets("", web, client, published, server{"127.0.0.1:8080", m.says("web")})
+		m.gets("client", web, published)
+		m.gets("web", client, published)
 	}
 	meet()
 	if driver == "caracal" {
