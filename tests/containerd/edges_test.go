@@ -265,16 +265,12 @@ func (m *machine) again(t *testing.T) {
 // testPluginKilled: the plugin dies at a step; containerd calls DEL and says so.
 func testPluginKilled(t *testing.T, m *machine) {
 	m.copy(testenv.Faulty(t, "caracal"), "/root/faulty")
-	for _, step := range []string{"record", "veth", "commit", "answer"} {
-		for _, how := range []string{"kill", "error"} {
-			m.plugin(`[ $CNI_COMMAND = ADD ] && { export CARACAL_FAULT=`+step+":"+how+`; PLUGIN=/root/faulty; }`, "")
-			why := "fault injected at " + step
-			if how == "kill" {
-				why = `plugin type="caracal" failed (add)`
-			}
-			m.refused(why, "web", published(8080, 80))
-			m.clean()
-		}
+	for fault, why := range map[string]string{ // tests/cni has them all
+		"veth:kill": `plugin type="caracal" failed (add)`, "answer:kill": `plugin type="caracal" failed (add)`, "commit:error": "fault injected at commit",
+	} {
+		m.plugin(`[ $CNI_COMMAND = ADD ] && { export CARACAL_FAULT=`+fault+`; PLUGIN=/root/faulty; }`, "")
+		m.refused(why, "web", published(8080, 80))
+		m.clean()
 	}
 	m.unwrap()
 	m.works()
