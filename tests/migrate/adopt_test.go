@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/caracal-net/caracal/tests/testenv"
+	"github.com/caracal-net/caracal/tools/lab"
 )
 
 // export is what `calicoctl datastore migrate export` says of the hosts.
@@ -112,6 +113,8 @@ func TestConvert(t *testing.T) {
 			k.goesOn(when)
 		}
 	}
+	outside := a.connectTo("outside", h1.Lab().Outside().Netns, lab.Outside4)
+	talks = append(talks, outside)
 	all("with Calico")
 	store(hosts)
 	h1.write("/root/export.yaml", export(hosts))

@@ -248,7 +248,8 @@ COMMIT
 `)
 	h.sh(`grep -v -e '^-D' /run/calico.rules > /run/calico.new
 iptables-legacy -F; iptables-legacy -t nat -F
-iptables-legacy-restore --noflush < /run/calico.new`)
+iptables-legacy-restore --noflush < /run/calico.new
+iptables-legacy -t nat -A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE # Docker's`)
 }
 
 // pod attaches a pod as Calico's plugin does. number is its place in the host's block.
@@ -370,11 +371,17 @@ type talk struct {
 
 // connect opens a connection from p to q and keeps it busy until the test ends.
 func (p *pod) connect(q *pod, to netip.Addr) *talk {
+	p.host.t.Helper()
+	return p.connectTo(q.name, q.netns(), to)
+}
+
+// connectTo is connect for what is not a pod.
+func (p *pod) connectTo(name, space string, to netip.Addr) *talk {
 	t := p.host.t
 	t.Helper()
 	listen := net.ListenConfig{}
 	var l net.Listener
-	must(t, netns.Do(q.netns(), func() (err error) {
+	must(t, netns.Do(space, func() (err error) {
 		l, err = listen.Listen(t.Context(), "tcp", netip.AddrPortFrom(to, 0).String())
 		return err
 	}))
@@ -402,7 +409,7 @@ func (p *pod) connect(q *pod, to netip.Addr) *talk {
 		return err
 	}))
 	ctx, cancel := context.WithCancel(context.Background())
-	k := &talk{t: t, name: p.name + " to " + q.name, cancel: cancel, done: make(chan struct{})}
+	k := &talk{t: t, name: p.name + " to " + name, cancel: cancel, done: make(chan struct{})}
 	go func() {
 		defer close(k.done)
 		defer c.Close()
