@@ -172,7 +172,6 @@ func (h *host) becomeCalico(i int, all []*host) {
 	h.write("/etc/cni/net.d/calico-kubeconfig", "# Kubeconfig file for Calico CNI plugin.\n")
 	h.write("/var/lib/calico/nodename", h.Name)
 	h.write("/var/lib/calico/mtu", "1500")
-	h.sh("mkdir -p /opt/cni/bin && cp /usr/lib/cni/portmap /usr/lib/cni/bandwidth /usr/lib/cni/loopback /opt/cni/bin/") // as Calico's image does
 	h.write("/opt/cni/bin/calico", "#!/bin/sh\necho Calico >&2; exit 1\n")
 	h.sh("ln -s /usr/lib/cni/portmap /usr/lib/cni/bandwidth /opt/cni/bin/") // which Calico's network names
 	conf := fmt.Sprintf(birdConf, h.Addr(), i)
