@@ -85,7 +85,7 @@ func freePort(c bgp.Config) error {
 	for _, at := range c.ListenAddresses {
 		l, err := net.Listen("tcp", netip.AddrPortFrom(at, uint16(port)).String())
 		if errors.Is(err, unix.EADDRINUSE) {
-			return fmt.Errorf("port %d is taken%s: end that, or give the agent another (--bgp-port, or listenPort of the BGPConfiguration)", port, holder.By(holder.Port("tcp", port)))
+			return fmt.Errorf("%s: end that, or give the agent another (--bgp-port, or listenPort of the BGPConfiguration)", holder.Taken("tcp", port))
 		}
 		if err != nil {
 			return fmt.Errorf("listen for BGP: %w", err)

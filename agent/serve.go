@@ -155,7 +155,7 @@ func (w web) taken(err error) error {
 	_, port, _ := net.SplitHostPort(w.address)
 	switch n, _ := strconv.Atoi(port); {
 	case errors.Is(err, unix.EADDRINUSE):
-		err = fmt.Errorf("port %d is taken%s: end that, or give the agent another (%s)", n, holder.By(holder.Port("tcp", n)), w.flag)
+		err = fmt.Errorf("%s: end that, or give the agent another (%s)", holder.Taken("tcp", n), w.flag)
 	case errors.Is(err, unix.EADDRNOTAVAIL):
 		err = fmt.Errorf("%s is no address of this host: give the agent another (%s)", w.address, w.flag)
 	case errors.Is(err, unix.EACCES):

@@ -40,6 +40,14 @@ func Port(network string, port int) string {
 	return ""
 }
 
+// Taken says that a port is taken, and by which process, or how to find out for who may do more.
+func Taken(network string, port int) string {
+	if who := Port(network, port); who != "" {
+		return fmt.Sprintf("port %d is taken by %s", port, who)
+	}
+	return fmt.Sprintf("port %d is taken (ss -lnp tells by which program)", port)
+}
+
 // listener is the inode of a line of /proc/net/tcp or /proc/net/udp (proc_pid_net(5)) if that is of a socket without a peer on a
 // port.
 func listener(line string, port int) string {

@@ -29,6 +29,9 @@ func TestHolder(t *testing.T) {
 		if got := Port("udp", udp); got != self {
 			t.Errorf("UDP port %d is %q's, want %q", udp, got, self)
 		}
+		if got, want := Taken("tcp", tcp), fmt.Sprintf("port %d is taken by %s", tcp, self); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
 		l.Close()
 		u.Close()
 		if got := Port("tcp", tcp); got != "" {

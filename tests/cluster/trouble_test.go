@@ -196,6 +196,9 @@ func TestTwoAgents(t *testing.T) {
 	fails("read-only file system; make that possible, or give another (--socket", append(own, "--socket", filepath.Join(locked, "agent.sock"))...)
 	fails("read-only file system", "--state-dir", filepath.Join(locked, "state"), "--socket", filepath.Join(dir, "agent.sock"))
 	fails("write it as 127.0.0.1:9099", append(own, "--socket", filepath.Join(dir, "agent.sock"), "--health", "9099")...)
+	config := filepath.Join(dir, "caracalctl.cfg")
+	must(t, os.WriteFile(config, []byte("apiVersion: projectcalico.org/v3\n  kind: [\n"), 0o600))
+	fails(config+": line 2: ", append(own, "--socket", filepath.Join(dir, "agent.sock"), "--config", config)...)
 	if text, err := os.ReadFile(file); err != nil || string(text) != "mine" {
 		t.Errorf("a file in place of the socket: %q, %v", text, err)
 	}
