@@ -223,6 +223,7 @@ func imageOptions(t *testing.T, m machine) {
 	m.sh("rm /etc/cni/net.d/10-caracal.conflist")
 	m.await("docker inspect limited --format '{{.State.Health.Status}}'", "^unhealthy")
 	m.sh("docker rm -f limited")
+	m.sh("docker run --rm --memory=64M --memory-swap=64M --cpus=0.5 -e SLEEP=false " + mounts + image + "; rm /etc/cni/net.d/*")
 
 	// As another user: where the directories are that user's.
 	m.fails("docker run --rm --user 1000 "+mounts+image, "--bin-dir /opt/cni/bin: user 1000 may not write there", "--conf-dir /etc/cni/net.d: user 1000 may not write there")

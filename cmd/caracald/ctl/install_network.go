@@ -1,7 +1,6 @@
 package ctl
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -231,7 +230,7 @@ func (o *installOptions) fill(text []byte) ([]byte, error) {
 			errs = append(errs, fmt.Errorf("no such placeholder: %s", found))
 		}
 		quoted, _ := json.Marshal(word) // a string always can be
-		return bytes.Trim(quoted, `"`)
+		return quoted[1 : len(quoted)-1]
 	})
 	return text, errors.Join(errs...)
 }
