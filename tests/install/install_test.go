@@ -249,6 +249,9 @@ func TestTemplates(t *testing.T) {
 	p.write(file, strings.Replace(template, "10.9", "10.8", 1))
 	p.ok(append(env, "CNI_NETWORK_CONFIG_FILE="+file, "CNI_NETWORK_CONFIG="+template), "install")
 	equal(t, p.network("10-calico.conflist"), strings.Replace(want, "10.9", "10.8", 1))
+	if out := p.ok(nil, "get", "ippools", "-o", "json"); strings.Contains(out, "10.244") {
+		t.Errorf("install made a pool that the network does not use: %s", out)
+	}
 	p.ok([]string{"CNI_CONF_NAME=10-calico.conflist"}, "uninstall")
 	if got := p.files(); got != nil {
 		t.Errorf("left: %s", got)
@@ -271,6 +274,7 @@ func TestBadValues(t *testing.T) {
 		{"CALICO_IPV4POOL_CIDR=10.0.0.0/16,10.1.0.0/16", []string{"two pools"}},
 		{"CALICO_IPV4POOL_CIDR=127.0.0.0/16", []string{"can't be given"}},
 		{"CALICO_IPV6POOL_CIDR=10.0.0.0/16", []string{"other family"}},
+		{"CALICO_IPV4POOL_CIDR=none", []string{"no pool"}},
 		{"CALICO_IPV4POOL_NAT_OUTGOING=perhaps", []string{"true or false"}},
 		{"CALICO_DISABLE_FILE_LOGGING=perhaps", []string{"true or false"}},
 		{"CNI_MTU=large", []string{"a number"}},

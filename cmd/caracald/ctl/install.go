@@ -190,7 +190,14 @@ func (o *installOptions) environment(flags *pflag.FlagSet) error {
 	}
 	for _, v := range installVariables {
 		value := os.Getenv(v.name)
-		if value == "" || given[v.flag] || v.flag == "pool" && value == "none" {
+		if value == "" || given[v.flag] {
+			continue
+		}
+		if v.flag == "pool" && value == "none" {
+			if o.said["pool"] == "" {
+				o.pools = nil
+			}
+			o.said["pool"] = v.name
 			continue
 		}
 		if v.flag == "pool" && strings.Contains(value, ":") != (v.name == ipv6PoolVariable) {
@@ -207,6 +214,9 @@ func (o *installOptions) environment(flags *pflag.FlagSet) error {
 			o.said[v.flag] += ", "
 		}
 		o.said[v.flag] += v.name
+	}
+	if o.said["pool"] == "" && (o.confFile != "" || os.Getenv("CNI_NETWORK_CONFIG") != "") {
+		o.pools = nil // that network has its own, or the store's
 	}
 	disabled, err := boolVariable("CALICO_DISABLE_FILE_LOGGING")
 	if disabled && !given["log-file"] {

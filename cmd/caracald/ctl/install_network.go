@@ -53,6 +53,9 @@ func (o *installOptions) network(cmd *cobra.Command, pools []api.IPPool) ([]byte
 	}
 	if text == nil {
 		source = "the network that install writes"
+		if len(pools) == 0 && !o.clustered() {
+			return nil, fmt.Errorf("%s: no pool, and no datastore that has one", o.by("pool"))
+		}
 		if text, err = o.writeNetwork(cmd, pools); err != nil {
 			return nil, err
 		}
@@ -240,6 +243,9 @@ func (o *installOptions) preparePools(cmd *cobra.Command, wanted []api.IPPool) e
 	kind, err := api.FindKind("IPPool")
 	if err != nil {
 		return err
+	}
+	if len(o.pools) == 0 && !o.clustered() {
+		return nil
 	}
 	if _, err := os.Stat(o.stateDir); o.image && !o.clustered() && errors.Is(err, fs.ErrNotExist) {
 		return nil // not mounted: an agent's store, if there will be one, is elsewhere
