@@ -257,6 +257,9 @@ func (s *NetworkSet) Complete(string) error { return nil }
 // DockerNetworkAnnotation is on the Profile of a Docker network: how people call the network.
 const DockerNetworkAnnotation = "caracal.dev/docker-network"
 
+// DockerNetworkLabel begins the label of who is on a Docker network. Its Profile gives it, and nobody can give it to himself.
+const DockerNetworkLabel = "docker.caracal.dev/"
+
 // Profile is rules, and labels, of the endpoints that name it. Its rules decide when no tier does.
 type Profile struct {
 	Ingress       []Rule            `json:"ingress,omitempty"`

@@ -19,9 +19,6 @@ const (
 	scopeAnnotation   = "caracal.dev/docker-network-scope"
 )
 
-// labelPrefix begins the label that a network's containers have; networks that share a name share it.
-const labelPrefix = "docker.caracal.dev/"
-
 // profileName is the name of a network's profile.
 func profileName(networkID string) string { return "docker." + networkID[:shownID] }
 
@@ -35,14 +32,15 @@ var profileKind = func() api.Kind {
 
 func profileKey(networkID string) string { return profileKind.Key("", profileName(networkID)) }
 
-// newProfile is what a network begins with: who is in it may enter, and everything may leave.
+// newProfile is what a network begins with: who is in it may enter, and everything may leave. Networks that share a name share the
+// label of who is in it.
 func newProfile(networkID, shared, node, scope string) api.Resource {
-	label := labelPrefix + networkID
+	label := api.DockerNetworkLabel + networkID
 	meta := api.Metadata{Name: profileName(networkID), Annotations: map[string]string{
 		networkAnnotation: networkID, nodeAnnotation: node, scopeAnnotation: scope,
 	}}
 	if shared != "" {
-		label = labelPrefix + shared
+		label = api.DockerNetworkLabel + shared
 		meta.Annotations[api.DockerNetworkAnnotation] = shared
 	}
 	return api.Resource{Kind: profileKind, Metadata: meta, Spec: &api.Profile{

@@ -182,7 +182,7 @@ func (c *Context) labels(meta api.Metadata, profiles ...string) map[string]strin
 		maps.Copy(labels, c.profiles[p])
 	}
 	for key, value := range meta.Labels {
-		if !strings.HasPrefix(key, namespacePrefix) && !strings.HasPrefix(key, serviceAccountPrefix) {
+		if !strings.HasPrefix(key, namespacePrefix) && !strings.HasPrefix(key, serviceAccountPrefix) && !strings.HasPrefix(key, api.DockerNetworkLabel) {
 			labels[key] = value
 		}
 	}

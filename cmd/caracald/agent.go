@@ -57,7 +57,7 @@ neither the store is a file of this machine alone.`,
 			if c.VXLANPort < 1 || c.VXLANPort > 65535 || c.VXLANVNI < 1 || c.VXLANVNI >= 1<<24 {
 				errVXLAN = fmt.Errorf("--vxlan-port %d, --vxlan-vni %d: a port, and a number of 24 bits", c.VXLANPort, c.VXLANVNI)
 			}
-			if err := errors.Join(errLog, err4, err6, errLabels, errPorts, errVXLAN); err != nil {
+			if err := errors.Join(errLog, err4, err6, errLabels, errPorts, errVXLAN, d.Check()); err != nil {
 				return err
 			}
 			debug.SetMemoryLimit(256 << 20) // soft: above it garbage is collected sooner, with many routes

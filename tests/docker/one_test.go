@@ -93,7 +93,7 @@ func (m *machine) testRequests(t *testing.T) {
 
 	m.fails(busy("--name xx --net net1 --ip "+asked), asked, "taken by container ann")
 	m.fails(busy("--name yy --net net1 --ip 192.168.200.1"), "192.168.200.1: address is in no block of this node; ask for it on the node that has 192.168.200.0/26")
-	m.fails(busy("--name oo --net net1 --ip 10.9.9.9"), "no configured subnet or ip-range contains the IP address 10.9.9.9") // Docker itself
+	m.fails(busy("--name oo --net net1 --ip 10.9.9.9"), "Invalid address 10.9.9.9: It does not belong to any of this network's subnets") // Docker itself
 	m.fails(busy("--name zz --net net1 --mac-address 01:00:5e:00:00:01"), "01:00:5e:00:00:01", "no unicast Ethernet address")
 	m.fails(busy("--name pp --net net1 -p 8080:80"), "published ports (-p): not supported")
 	m.sh("docker rm -f ann bob xx yy oo zz pp")
@@ -121,8 +121,15 @@ spec: {cidr: "2001:db8:192::/64"}
 	m.ping("docker exec bob", six, true)
 	m.ping("docker exec bob", m.address("ann"), true)
 	m.ping("docker exec bob", "2001:db8:0:1::1", true) // the host's
-	m.sh("docker rm -f ann bob")
-	m.remove("net6")
+	m.sh(create + "--ipv6 other6; docker network connect other6 ann;" + busy("--name cat --net other6"))
+	second := m.sh("docker inspect -f '{{.NetworkSettings.Networks.other6.GlobalIPv6Address}}' ann")
+	eventually(t, "cat reaches ann's second address", func() error {
+		_, err := m.Sh(t.Context(), "docker exec cat ping -c 1 -W 1 "+second)
+		return err
+	})
+	m.ping("docker exec bob", six, true)
+	m.sh("docker rm -f ann bob cat")
+	m.remove("net6", "other6")
 	m.clean()
 	m.sh("caracalctl delete ippool v6")
 	eventually(t, "the pool is gone", func() error {
@@ -155,13 +162,25 @@ spec:
 		return err
 	})
 	m.has("caracalctl why web db/icmp", "ALLOWED", "web-to-db")
-	m.sh("caracalctl delete gnp web-to-db && docker rename web front")
+	// A label that says that a container is on a network is not believed.
+	id := m.sh("docker network inspect -f '{{.Id}}' net1")
+	m.sh(busy("--name liar --net net2 --label docker.caracal.dev/" + id + "= --label app=web"))
+	eventually(t, "the liar's labels are known", func() error {
+		_, err := m.Sh(t.Context(), "docker exec liar ping -c 1 -W 1 "+db)
+		return err
+	})
+	m.sh("caracalctl delete gnp web-to-db")
+	eventually(t, "the liar is not let in any more", func() error {
+		_, err := m.Sh(t.Context(), "! docker exec liar ping -c 1 -W 1 "+db)
+		return err
+	})
+	m.sh("docker rename web front")
 	eventually(t, "the container's new name is known", func() error {
 		_, err := m.Sh(t.Context(), "caracalctl pods front")
 		return err
 	})
 	m.ping("docker exec front", db, false)
-	m.sh("docker rm -f db front")
+	m.sh("docker rm -f db front liar")
 	m.remove("net1", "net2")
 	m.clean()
 }
@@ -185,7 +204,7 @@ func (m *machine) testBadInput(t *testing.T) {
 	} {
 		m.fails(c.command, c.want...)
 	}
-	m.fails("caracald --docker caracal --state-dir /tmp/x --bpffs-dir /sys/fs/bpf/x --socket /tmp/x.sock --health '' --metrics ''", "/run/docker/plugins/caracal.sock: another agent answers there; one runs on a node")
+	m.fails("caracald --docker caracal --state-dir /tmp/x --bpffs-dir /sys/fs/bpf/x --socket /tmp/x.sock --health '' --metrics ''", "docker plugin: /run/docker/plugins/caracal.sock: another program answers there: process")
 	m.fails("caracald --docker flannel", `--docker "flannel": caracal or calico`)
 	m.fails("caracald --docker caracal --docker-scope swarm", `--docker-scope "swarm": local or global`)
 	if got := m.sh("docker network ls -q -f driver=caracal; caracalctl get profiles | tail -n +2"); got != "" {
