@@ -15,9 +15,9 @@ func TestKilled(t *testing.T) {
 in=$(cat)
 case $CNI_COMMAND in
 VERSION) echo '{"cniVersion": "1.0.0", "supportedVersions": ["1.0.0"]}' ;;
-ADD)
+ADD | DEL)
 	if [ -e /tmp/hold ]; then touch /tmp/held; while [ -e /tmp/hold ]; do sleep 0.05; done; fi
-	echo "$in" | sed -n 's/.*"prevResult":\({.*}\),"type".*/\1/p' ;;
+	[ $CNI_COMMAND = DEL ] || echo "$in" | sed -n 's/.*"prevResult":\({.*}\),"type".*/\1/p' ;;
 esac
 `)
 	m.sh(`chmod +x /opt/cni/bin/hold; sed -i 's/"type": "bandwidth"/"type": "hold"},{&/' /etc/cni/net.d/10-caracal.conflist`)
@@ -58,12 +58,14 @@ esac
 	m.sh("kill -9 $(podman inspect web --format '{{.State.ConmonPid}} {{.State.Pid}}')")
 	m.sh("podman rm -f -t 0 web")
 
-	// Killed while it removes: the next one finds the rest.
+	// Killed while it removes, before Caracal is called: the next one does the rest.
 	m.serve("web", "-p 8080:80")
-	for _, after := range []string{"0.02", "0.05", "0.1", "0.15"} {
-		m.try("timeout -s KILL " + after + " podman rm -f -t 0 web")
-	}
+	m.sh("rm -f /tmp/held; touch /tmp/hold; podman rm -f -t 0 web >/dev/null 2>&1 &")
+	m.until("podman waits for the plugin", "test -e /tmp/held")
+	m.sh("pkill -9 -x podman; rm /tmp/hold") // the one that removes, and the one that conmon calls
+	m.until("the plugin ends", "! pgrep -x hold")
 	m.sh("podman rm -f -i -t 0 web")
+	m.until("conmon lets go of the port", "! ss -Hltn sport = 8080 | grep -q .")
 	m.serve("web", "-p 8080:80")
 	m.gets("other", server{m.Addr().String() + ":8080", m.says("web")})
 	// podman knows nothing of the namespaces that it made before it was killed.
