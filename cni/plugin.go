@@ -222,7 +222,7 @@ const FormatVariable = "CARACAL_LOG_FORMAT"
 
 func (p *Plugin) openLog(c *Config) {
 	l, _ := c.logging(p.Getenv)
-	l.Stderr = p.Stderr
+	l.Stderr, l.Quiet = p.Stderr, true // a runtime may show it to its user, with each command
 	p.log = logs.New(l)
 	caller, err := trace.Read(trace.Env(p.Getenv))
 	p.trace = caller.Child()

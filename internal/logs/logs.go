@@ -3,11 +3,13 @@
 package logs
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"strings"
+	"sync"
 )
 
 // The forms of a line.
@@ -28,6 +30,7 @@ type Config struct {
 	Level  slog.Level
 	Format string // Text or JSON; "": Text
 	Stderr io.Writer
+	Quiet  bool // beside a file that can be written, stderr has warnings and errors only
 
 	Path     string // of the file beside stderr; "": none
 	MaxSize  int    // of that file, MB (2^20 bytes): then it is put aside and a new one begun
@@ -41,7 +44,32 @@ func New(c Config) *slog.Logger {
 	if c.Path == "" {
 		return slog.New(c.handler(c.Stderr))
 	}
-	return slog.New(c.handler(&tee{stderr: c.Stderr, file: newFile(c), trouble: slog.New(c.handler(c.Stderr))}))
+	f := &fileOf{file: newFile(c), trouble: slog.New(c.handler(c.Stderr))}
+	both := c.handler(&tee{f, c.Stderr, true})
+	if !c.Quiet {
+		return slog.New(both)
+	}
+	return slog.New(byLevel{c.handler(&tee{f, c.Stderr, false}), both})
+}
+
+// byLevel has one handler for warnings and errors, and another one for the rest.
+type byLevel struct{ rest, warnings slog.Handler }
+
+func (b byLevel) Enabled(ctx context.Context, l slog.Level) bool { return b.rest.Enabled(ctx, l) }
+
+func (b byLevel) Handle(ctx context.Context, r slog.Record) error {
+	if r.Level >= slog.LevelWarn {
+		return b.warnings.Handle(ctx, r)
+	}
+	return b.rest.Handle(ctx, r)
+}
+
+func (b byLevel) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return byLevel{b.rest.WithAttrs(attrs), b.warnings.WithAttrs(attrs)}
+}
+
+func (b byLevel) WithGroup(name string) slog.Handler {
+	return byLevel{b.rest.WithGroup(name), b.warnings.WithGroup(name)}
 }
 
 func (c Config) handler(to io.Writer) slog.Handler {
@@ -94,24 +122,43 @@ func ParseFormat(s string) (string, error) {
 	return Text, errors.New("neither text nor json")
 }
 
-// tee writes each line to stderr and to the file. A handler's lock is held meanwhile.
-type tee struct {
-	stderr  io.Writer
-	file    *file
+// fileOf is a file, and whether its trouble has been told.
+type fileOf struct {
+	*file
 	trouble *slog.Logger // to stderr alone
+	mu      sync.Mutex
 	failed  bool
+}
+
+// add writes a line, and returns whether it could.
+func (f *fileOf) add(line []byte) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	err := f.write(line)
+	switch {
+	case err != nil && !f.failed:
+		f.trouble.Warn("the log file can't be written; what follows is on stderr alone", "file", f.path, "error", err)
+	case err == nil && f.failed:
+		f.trouble.Info("the log file can be written again", "file", f.path)
+	}
+	f.failed = err != nil
+	return err == nil
+}
+
+// tee writes each line to the file, and to stderr always or when the file does not take it.
+type tee struct {
+	file   *fileOf
+	stderr io.Writer
+	always bool
 }
 
 // Write never fails: what can't be written to one may be read in the other.
 func (t *tee) Write(line []byte) (int, error) {
-	_, _ = t.stderr.Write(line)
-	err := t.file.write(line)
-	switch {
-	case err != nil && !t.failed:
-		t.trouble.Warn("the log file can't be written; what follows is on stderr alone", "file", t.file.path, "error", err)
-	case err == nil && t.failed:
-		t.trouble.Info("the log file can be written again", "file", t.file.path)
+	if t.always {
+		_, _ = t.stderr.Write(line)
 	}
-	t.failed = err != nil
+	if !t.file.add(line) && !t.always {
+		_, _ = t.stderr.Write(line)
+	}
 	return len(line), nil
 }

@@ -292,3 +292,25 @@ func must(t *testing.T, err error) {
 		t.Fatal(err)
 	}
 }
+
+// A runtime shows its user what the plugin writes to stderr: with a file that is what he should know.
+func TestQuiet(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "log")
+	var stderr bytes.Buffer
+	log := New(Config{Stderr: &stderr, Path: path, Quiet: true}).With("pod", "web")
+	log.Info("done")
+	log.Warn("careful")
+	if got := stderr.String(); strings.Contains(got, "done") || strings.Count(got, "msg=careful pod=web") != 1 {
+		t.Errorf("stderr has %q; want the warning alone", got)
+	}
+	if file, err := os.ReadFile(path); err != nil || !strings.Contains(string(file), "msg=done pod=web") || !strings.Contains(string(file), "msg=careful") {
+		t.Errorf("the file has %q, %v; want both", file, err)
+	}
+	stderr.Reset()
+	log = New(Config{Stderr: &stderr, Path: t.TempDir(), Quiet: true}) // a directory
+	log.Info("done")
+	log.Warn("careful")
+	if got := stderr.String(); strings.Count(got, "msg=done") != 1 || strings.Count(got, "msg=careful") != 1 || strings.Count(got, "can't be written") != 1 {
+		t.Errorf("stderr has %q; want both lines and what is wrong with the file, once each", got)
+	}
+}
