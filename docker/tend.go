@@ -31,10 +31,15 @@ func (d *Drivers) tend(ctx context.Context) {
 	t := &tender{Drivers: d, since: make(map[string]time.Time)}
 	tick := time.NewTicker(lookEvery)
 	defer tick.Stop()
-	for {
-		if err := t.tendOnce(ctx); err != nil && ctx.Err() == nil {
-			d.Log.Warn("docker", "error", err)
+	for said := ""; ; {
+		text := ""
+		if err := t.tendOnce(ctx); err != nil {
+			text = err.Error()
 		}
+		if text != "" && text != said && ctx.Err() == nil { // once, not every round
+			d.Log.Warn("docker", "error", text)
+		}
+		said = text
 		select {
 		case <-d.look:
 		case <-tick.C:
