@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os/exec"
+	"slices"
 	"strings"
 )
 
@@ -13,9 +14,23 @@ var forwarded = []string{
 	"FORWARD -o cali+ -m comment --comment caracal -j ACCEPT",
 }
 
-// allowForwarding adds rules behind all others where the firewall drops what no rule accepts: Docker makes it do so. A program
-// that is not there is passed by: then nothing is known.
+// allowForwarding adds rules behind all others where the firewall drops what no rule accepts: Docker makes it do so.
 func allowForwarding(ctx context.Context) (added []string, err error) {
+	return eachFirewall(ctx, "-A", missing)
+}
+
+// RemoveForwarding removes the rules that an agent has added to the firewall for containers, and returns them; with dryRun only that.
+func RemoveForwarding(ctx context.Context, dryRun bool) (removed []string, err error) {
+	verb := "-D"
+	if dryRun {
+		verb = "-C" // is it there?
+	}
+	return eachFirewall(ctx, verb, present)
+}
+
+// eachFirewall changes the rules that which finds in the chain FORWARD, as "iptables -S" lists it. A program that is not there
+// is passed by: then nothing is known.
+func eachFirewall(ctx context.Context, verb string, which func(chain string) []string) (done []string, err error) {
 	for _, program := range []string{"iptables", "ip6tables"} {
 		path, err := exec.LookPath(program)
 		if err != nil {
@@ -23,38 +38,38 @@ func allowForwarding(ctx context.Context) (added []string, err error) {
 		}
 		out, err := exec.CommandContext(ctx, path, "-w", "5", "-S", "FORWARD").Output()
 		if err != nil {
-			return added, fmt.Errorf("%s: list what is forwarded: %w", program, err)
+			return done, fmt.Errorf("%s: list what is forwarded: %w", program, err)
 		}
-		for _, rule := range missing(string(out)) {
-			args := append([]string{"-w", "5", "-A"}, strings.Fields(rule)...)
+		for _, rule := range which(string(out)) {
+			args := append([]string{"-w", "5", verb}, strings.Fields(rule)...)
 			if out, err := exec.CommandContext(ctx, path, args...).CombinedOutput(); err != nil {
-				return added, fmt.Errorf("%s -A %s: %w: %s", program, rule, err, strings.TrimSpace(string(out)))
+				return done, fmt.Errorf("%s %s %s: %w: %s", program, verb, rule, err, strings.TrimSpace(string(out)))
 			}
-			added = append(added, program+" -A "+rule)
+			done = append(done, program+" -A "+rule)
 		}
 	}
-	return added, nil
+	return done, nil
 }
 
-// missing are the rules that a chain lacks, as "iptables -S" lists it.
+// missing are the rules that a chain lacks.
 func missing(chain string) []string {
-	lines := strings.Split(chain, "\n")
-	has := func(want string) bool {
-		for _, l := range lines {
-			if strings.TrimSpace(l) == want {
-				return true
-			}
-		}
-		return false
-	}
-	if !has("-P FORWARD DROP") {
+	if !slices.Contains(lines(chain), "-P FORWARD DROP") {
 		return nil
 	}
-	var rules []string
-	for _, r := range forwarded {
-		if !has("-A " + r) {
-			rules = append(rules, r)
-		}
+	there := present(chain)
+	return slices.DeleteFunc(slices.Clone(forwarded), func(r string) bool { return slices.Contains(there, r) })
+}
+
+// present are the rules that a chain has.
+func present(chain string) []string {
+	all := lines(chain)
+	return slices.DeleteFunc(slices.Clone(forwarded), func(r string) bool { return !slices.Contains(all, "-A "+r) })
+}
+
+func lines(chain string) []string {
+	all := strings.Split(chain, "\n")
+	for i := range all {
+		all[i] = strings.TrimSpace(all[i])
 	}
-	return rules
+	return all
 }

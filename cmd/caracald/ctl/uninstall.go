@@ -17,6 +17,7 @@ import (
 
 	"github.com/caracal-net/caracal/bpf"
 	"github.com/caracal-net/caracal/cni"
+	"github.com/caracal-net/caracal/docker"
 	"github.com/caracal-net/caracal/internal/atomicfile"
 	"github.com/caracal-net/caracal/internal/fib"
 	"github.com/caracal-net/caracal/internal/nl"
@@ -33,7 +34,7 @@ var stateFiles = []string{
 
 // removal is one thing that uninstall removed, or would.
 type removal struct {
-	Kind string `json:"kind"` // pod, interface, route, pins, sysctl, file, directory, network, plugin, agent, unit
+	Kind string `json:"kind"` // pod, interface, route, firewall, pins, sysctl, file, directory, network, plugin, agent, unit
 	Name string `json:"name"`
 }
 
@@ -48,7 +49,7 @@ func newUninstallCommand(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "uninstall",
 		Short: "Remove everything that Caracal has made on this node",
-		Long: `uninstall removes what Caracal has made on this node: the pods' interfaces, kernel routes, pinned programs, links and
+		Long: `uninstall removes what Caracal has made on this node: the pods' interfaces, kernel routes, its rules in the firewall for Docker, pinned programs, links and
 maps, and the state directory's files; and it puts the recorded sysctls back. Of what install has put in place it removes the
 network first, so that runtimes start no more pods with it, and the plugins, the agent and its unit last. A file of one of
 these names that is not Caracal's stays, and is named. Log files, /etc/caracal and what the datastore holds stay.
@@ -217,7 +218,7 @@ func (o *uninstallOptions) remove(cmd *cobra.Command) error {
 		return err
 	}
 	errs := []error{o.removePods(cmd), o.removeStrays(), o.removeTunnel()}
-	errs = append(errs, o.removeRoutes())
+	errs = append(errs, o.removeRoutes(), o.removeFirewall(cmd.Context()))
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
@@ -236,6 +237,15 @@ func (o *uninstallOptions) remove(cmd *cobra.Command) error {
 		return err
 	}
 	return o.removeFiles(cmd, installed, "plugin", "unit", "agent")
+}
+
+// removeFirewall removes the rules that the agent has added for Docker's containers.
+func (o *uninstallOptions) removeFirewall(ctx context.Context) error {
+	rules, err := docker.RemoveForwarding(ctx, o.dryRun)
+	for _, r := range rules {
+		o.did("firewall", r)
+	}
+	return err
 }
 
 // installed are the files that install may have put in place: links before what they link to.
