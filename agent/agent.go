@@ -148,6 +148,7 @@ func Run(ctx context.Context, c Config, s store.Store) error {
 	wg.Go(func() { a.watchLinks(ctx) })
 	wg.Go(func() { a.watchEvents(ctx) })
 	wg.Go(func() { a.tendFlows(ctx) })
+	wg.Go(func() { giveBack(ctx) })
 	a.loop(ctx)
 	if a.speaker != nil {
 		return a.speaker.Close(true)
