@@ -489,9 +489,9 @@ func (a *adding) unused() error {
 		name, err := nl.Name(routes[0].LinkIndex)
 		switch {
 		case routes[0].Type == unix.RTN_LOCAL:
-			return fail(codeTryAgain, "address %s is this host's own: remove it from its interface", addr)
+			return fail(codeAddress, "address %s is this host's own: remove it from its interface", addr)
 		case err == nil && strings.HasPrefix(name, "cali"):
-			return fail(codeTryAgain, "address %s is behind %s, of which nothing is recorded: a pod of Calico's? Take them over first (caracalctl adopt)", addr, name)
+			return fail(codeAddress, "address %s is held by another pod, behind %s, of which nothing is recorded: one of Calico's? Take them over first (caracalctl adopt)", addr, name)
 		}
 	}
 	return nil
