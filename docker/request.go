@@ -45,8 +45,8 @@ func endpointKey(networkID, endpointID string) (node.Key, error) {
 	return node.Key{Network: keyNetwork + networkID[:shownID], ContainerID: endpointID, IfName: keyIfName}, nil
 }
 
-// keyNetwork begins the networks of all keys of Docker's in node.db.
-const keyNetwork = "docker-"
+// keyNetwork begins the networks of all keys of Docker's in node.db. No CNI network can have such a name.
+const keyNetwork = "docker:"
 
 // requested names who holds an address that Docker has requested and not yet used.
 func requested(a netip.Addr) node.Key {
