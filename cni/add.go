@@ -490,7 +490,7 @@ func (a *adding) unused() error {
 		switch {
 		case routes[0].Type == unix.RTN_LOCAL:
 			return fail(codeAddress, "address %s is this host's own: remove it from its interface", addr)
-		case err == nil && strings.HasPrefix(name, "cali"):
+		case err == nil && strings.HasPrefix(name, "cali") && routes[0].Gw == nil: // else it is this host's own way out, as a container's
 			return fail(codeAddress, "address %s is held by another pod, behind %s, of which nothing is recorded: one of Calico's? Take them over first (caracalctl adopt)", addr, name)
 		}
 	}

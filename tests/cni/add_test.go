@@ -310,6 +310,20 @@ func TestStranger(t *testing.T) {
 	h.clean()
 }
 
+// TestNested: a host that is a container of Caracal's itself has a way out whose name begins as those of pods' interfaces do.
+func TestNested(t *testing.T) {
+	h := newHost(t)
+	h.run("ip", "link", "add", "cali0", "type", "veth", "peer", "name", "outer")
+	h.run("ip", "link", "set", "outer", "up")
+	h.run("ip", "link", "set", "cali0", "up")
+	h.run("ip", "route", "replace", "169.254.1.1", "dev", "cali0")
+	h.run("ip", "route", "replace", "default", "via", "169.254.1.1", "dev", "cali0", "onlink")
+	p := h.pod().add()
+	p.del()
+	h.run("ip", "link", "del", "cali0")
+	h.clean()
+}
+
 // TestAddressTaken: a pod that the database knows nothing of, because it was lost, keeps its address, its routes and its flows
 // from the ADD that is given the address anew.
 func TestAddressTaken(t *testing.T) {
