@@ -99,7 +99,7 @@ func (t *Attacher) Attach(ctx context.Context, o Outline) (node.Endpoint, error)
 	if err := a.attach(ctx); err != nil {
 		return node.Endpoint{}, err
 	}
-	return a.record, t.shareProfiles(ctx, a.record)
+	return a.record, t.shareProfiles(ctx, a.record, false)
 }
 
 // siblings are the other endpoints of an endpoint's container, by gateway.
@@ -120,15 +120,19 @@ func (t *Attacher) Endpoints(ctx context.Context) ([]node.Endpoint, error) {
 	return slices.DeleteFunc(all, func(e node.Endpoint) bool { return e.Docker == nil || len(e.Profiles) == 0 }), err
 }
 
-// shareProfiles gives each endpoint of a container the profiles of all, its own network's first.
-func (t *Attacher) shareProfiles(ctx context.Context, one node.Endpoint) error {
-	others, err := t.siblings(ctx, one)
-	if err != nil || len(others) == 0 && len(one.Profiles) == 1 {
+// shareProfiles gives each endpoint of one's container the profiles of all, its own network's first. When one leaves it gives the
+// others none of its.
+func (t *Attacher) shareProfiles(ctx context.Context, one node.Endpoint, leaves bool) error {
+	members, err := t.siblings(ctx, one)
+	if err != nil || len(members) == 0 && (leaves || len(one.Profiles) == 1) {
 		return err
+	}
+	if !leaves {
+		members = append(members, one)
 	}
 	return t.Update(ctx, func(tx *node.Tx) error {
 		var all []node.Endpoint
-		for _, e := range append(others, one) {
+		for _, e := range members {
 			if now, err := tx.Endpoint(e.Key); err == nil {
 				all = append(all, now)
 			} else if !errors.Is(err, node.ErrNotFound) {
@@ -177,10 +181,11 @@ func (t *Attacher) Detach(ctx context.Context, key node.Key) error {
 	if err != nil {
 		return err
 	}
-	if err := t.plugin().teardown(ctx, t.c, key); err != nil {
+	// Before the record goes: whoever is asked again after that finds none, and does nothing.
+	if err := t.shareProfiles(ctx, e, true); err != nil {
 		return err
 	}
-	return t.shareProfiles(ctx, e)
+	return t.plugin().teardown(ctx, t.c, key)
 }
 
 // Exists tells whether an attachment's pair is there.
