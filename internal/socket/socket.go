@@ -9,6 +9,8 @@ import (
 	"os"
 	"path/filepath"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/caracal-net/caracal/internal/holder"
 )
 
@@ -24,16 +26,23 @@ func Listen(path string) (net.Listener, error) {
 	if st, err := os.Lstat(path); err == nil && st.Mode().Type() != fs.ModeSocket {
 		return nil, fmt.Errorf("%s is no socket, and stays", path)
 	}
-	if c, err := net.Dial("unix", path); err == nil {
+	c, err := net.Dial("unix", path)
+	switch {
+	case err == nil:
 		defer c.Close()
 		err = ErrInUse
 		if who := holder.Peer(c.(*net.UnixConn)); who != "" {
 			err = fmt.Errorf("%w: %s", ErrInUse, who)
 		}
 		return nil, fmt.Errorf("%s: %w", path, err)
-	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("remove old socket: %w", err)
+	case errors.Is(err, unix.EAGAIN): // more wait to be answered than it has room for
+		return nil, fmt.Errorf("%s: %w", path, ErrInUse)
+	case errors.Is(err, unix.ECONNREFUSED): // nobody has it open
+		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, fmt.Errorf("remove old socket: %w", err)
+		}
+	case !errors.Is(err, os.ErrNotExist):
+		return nil, fmt.Errorf("look who answers on %s: %w", path, err)
 	}
 	l, err := net.Listen("unix", path)
 	if err != nil {
