@@ -26,7 +26,8 @@ func (d *Drivers) lookSoon() {
 	}
 }
 
-// tend learns from Docker how things are called, and collects what nobody has any more, until ctx ends.
+// tend learns from Docker how things are called, and collects what nobody has any more, until ctx ends. The log has what goes wrong
+// when it becomes another, not in each round.
 func (d *Drivers) tend(ctx context.Context) {
 	t := &tender{Drivers: d, since: make(map[string]time.Time)}
 	tick := time.NewTicker(lookEvery)

@@ -1,14 +1,19 @@
 package docker
 
 import (
+	"bytes"
+	"context"
 	"errors"
 	"log/slog"
 	"net/netip"
+	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/caracal-net/caracal/cni"
 	"github.com/caracal-net/caracal/node"
+	"github.com/caracal-net/caracal/store/bolt"
 )
 
 // Addresses that Docker does not use are freed. Those of a CNI network, whatever it is called, are not: where only its IPAM is ours
@@ -49,5 +54,34 @@ func TestHoldings(t *testing.T) {
 	})
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+// What goes wrong in each round is in the log once.
+func TestTendLog(t *testing.T) {
+	dir := t.TempDir()
+	s, err := bolt.Open(dir, bolt.Options{})
+	if err := errors.Join(err, s.Close()); err != nil { // every request fails
+		t.Fatal(err)
+	}
+	var out bytes.Buffer
+	log := slog.New(slog.NewTextHandler(&out, nil))
+	d := &Drivers{
+		attacher: cni.NewAttacher(cni.Config{StateDir: dir}, log, nil), engine: newEngine(filepath.Join(dir, "docker.sock")), store: s,
+		Config: Config{Log: log}, look: make(chan struct{}),
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() {
+		d.tend(ctx)
+		close(ended)
+	}()
+	for range 3 {
+		d.look <- struct{}{} // taken between two rounds
+	}
+	cancel()
+	<-ended
+	if got := strings.Count(out.String(), "level=WARN"); got != 1 {
+		t.Errorf("%d warnings, want 1:\n%s", got, &out)
 	}
 }
