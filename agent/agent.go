@@ -72,6 +72,7 @@ type Agent struct {
 	maps      *maps.Maps
 	speaker   *bgp.Speaker
 	spoken    bgp.Config // the speaker's
+	taken     takenPort  // where the speaker was to listen
 	routes    *routes
 	mark      string         // this host's own, see instance
 	uplinks   map[string]int // name -> ifindex, as attached

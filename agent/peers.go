@@ -55,7 +55,7 @@ func (a *Agent) speak(ctx context.Context, v *view, self *api.Node) error {
 		}
 		a.routes.restart()
 	}
-	if err := freePort(c); err != nil {
+	if err := a.freePort(c); err != nil {
 		return err
 	}
 	speaker, err := bgp.Start(context.WithoutCancel(ctx), c, a.routes)
@@ -74,7 +74,7 @@ func (a *Agent) speak(ctx context.Context, v *view, self *api.Node) error {
 }
 
 // freePort makes sure that nobody else has the speaker's port: what the library tries to start and can't is never freed.
-func freePort(c bgp.Config) error {
+func (a *Agent) freePort(c bgp.Config) error {
 	port := c.ListenPort
 	if port == 0 {
 		port = bgp.DefaultPort
@@ -85,7 +85,7 @@ func freePort(c bgp.Config) error {
 	for _, at := range c.ListenAddresses {
 		l, err := net.Listen("tcp", netip.AddrPortFrom(at, uint16(port)).String())
 		if errors.Is(err, unix.EADDRINUSE) {
-			return fmt.Errorf("%s: end that, or give the agent another (--bgp-port, or listenPort of the BGPConfiguration)", holder.Taken("tcp", port))
+			return fmt.Errorf("%s: end that, or give the agent another (--bgp-port, or listenPort of the BGPConfiguration)", a.taken.by(port))
 		}
 		if err != nil {
 			return fmt.Errorf("listen for BGP: %w", err)
@@ -93,6 +93,22 @@ func freePort(c bgp.Config) error {
 		l.Close()
 	}
 	return nil
+}
+
+// takenPort is a port that another process has. To find out which one is to look at all that all processes have open, so it is found
+// out now and then, not with each pod that begins or ends.
+type takenPort struct {
+	port  int
+	text  string
+	asked time.Time
+}
+
+// by says that a port is taken, and by whom.
+func (t *takenPort) by(port int) string {
+	if t.port != port || time.Since(t.asked) > rescan {
+		*t = takenPort{port, holder.Taken("tcp", port), time.Now()}
+	}
+	return t.text
 }
 
 func asNumber(v *view, n *api.Node) api.ASNumber {
