@@ -13,8 +13,8 @@ import (
 // A container that is taken off one of its networks is not on it by its other ones either, wherever that is interrupted: asked
 // again nobody knows any more whose it was.
 func TestDetachInterrupted(t *testing.T) {
-	leaves := node.Key{Network: "docker:1", ContainerID: "one", IfName: "cali0"}
-	stays := node.Key{Network: "docker:2", ContainerID: "two", IfName: "cali0"}
+	leaves := node.Key{Network: "docker-1", ContainerID: "one", IfName: "cali0"}
+	stays := node.Key{Network: "docker-2", ContainerID: "two", IfName: "cali0"}
 	for _, step := range []string{"unmap", "unlink", "forget", ""} {
 		t.Run(step, func(t *testing.T) {
 			dir := t.TempDir()

@@ -45,16 +45,23 @@ func endpointKey(networkID, endpointID string) (node.Key, error) {
 	return node.Key{Network: keyNetwork + networkID[:shownID], ContainerID: endpointID, IfName: keyIfName}, nil
 }
 
-// keyNetwork begins the networks of all keys of Docker's in node.db. No CNI network can have such a name.
-const keyNetwork = "docker:"
+// keyNetwork begins the networks of all keys of Docker's in node.db. CNI networks may have such names too: see ours.
+const keyNetwork = "docker-"
 
 // requested names who holds an address that Docker has requested and not yet used.
 func requested(a netip.Addr) node.Key {
 	return node.Key{Network: keyNetwork + "requested", ContainerID: a.String(), IfName: keyIfName}
 }
 
-// ours tells whether a holder of addresses is Docker.
-func ours(k node.Key) bool { return strings.HasPrefix(k.Network, keyNetwork) }
+// ours tells whether a holder of addresses is Docker. Its keys have the form of CNI's, which they are removed by too, so the whole key
+// decides: a CNI network's name alone may begin as theirs do.
+func ours(k node.Key) bool {
+	network, ok := strings.CutPrefix(k.Network, keyNetwork)
+	if a, err := netip.ParseAddr(k.ContainerID); err == nil && k == requested(a) || k == assigning {
+		return true
+	}
+	return ok && k.IfName == keyIfName && len(network) == shownID && checkID("", network) == nil && checkID("", k.ContainerID) == nil
+}
 
 // hostIfName is the name of an endpoint's interface on the host, as Calico derives it.
 func hostIfName(endpointID string) string { return "cali" + endpointID[:ifNameID] }

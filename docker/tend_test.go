@@ -25,10 +25,14 @@ func TestHoldings(t *testing.T) {
 		t.Fatal(err)
 	}
 	block := netip.MustParsePrefix("10.244.0.0/26")
-	unused, others := netip.MustParseAddr("10.244.0.1"), netip.MustParseAddr("10.244.0.2")
+	unused, unjoined, others := netip.MustParseAddr("10.244.0.1"), netip.MustParseAddr("10.244.0.3"), netip.MustParseAddr("10.244.0.2")
+	endpoint, err := endpointKey("735f15b514db3a7310a7f3ef0734a6cd", "f79de1d7f9a5a3b1")
+	if err != nil {
+		t.Fatal(err)
+	}
 	other := node.Key{Network: "docker-net", ContainerID: "c1", IfName: "eth0"}
 	err = db.Update(func(tx *node.Tx) error {
-		return errors.Join(tx.PutBlock(node.Block{CIDR: block, Pool: block, Next: 3}), tx.Hold(requested(unused), unused, block), tx.Hold(other, others, block))
+		return errors.Join(tx.PutBlock(node.Block{CIDR: block, Pool: block, Next: 4}), tx.Hold(requested(unused), unused, block), tx.Hold(endpoint, unjoined, block), tx.Hold(other, others, block))
 	})
 	if err := errors.Join(err, db.Close()); err != nil {
 		t.Fatal(err)
@@ -44,8 +48,10 @@ func TestHoldings(t *testing.T) {
 		}
 	}
 	err = d.attacher.View(t.Context(), func(tx *node.Tx) error {
-		if owner, err := tx.Owner(unused); !errors.Is(err, node.ErrNotFound) {
-			t.Errorf("%s is still held by %s, %v", unused, owner, err)
+		for _, a := range []netip.Addr{unused, unjoined} {
+			if owner, err := tx.Owner(a); !errors.Is(err, node.ErrNotFound) {
+				t.Errorf("%s is still held by %s, %v", a, owner, err)
+			}
 		}
 		if owner, err := tx.Owner(others); err != nil || owner != other {
 			t.Errorf("%s is held by %q, %v; want %s", others, owner, err, other)
