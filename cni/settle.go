@@ -222,7 +222,7 @@ func (s *settler) pickUpMAC(ctx context.Context, e node.Endpoint, ifindex int) e
 		return err
 	}
 	defer sides.Close()
-	l, err := sides.pod.LinkByName(e.IfName)
+	l, err := sides.pod.LinkByName(e.Interface())
 	if err != nil {
 		return nil
 	}
