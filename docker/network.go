@@ -126,6 +126,8 @@ func (n *networkDriver) CreateEndpoint(r *helper.CreateEndpointRequest) (_ *help
 // macSetting is before an endpoint's id: the MAC address that its container is to have.
 const macSetting = "docker/mac/"
 
+func forgetMAC(tx *node.Tx, endpointID string) error { return tx.PutSetting(macSetting+endpointID, "") }
+
 // DeleteEndpoint removes what Leave has not. The addresses stay Docker's until it releases them.
 func (n *networkDriver) DeleteEndpoint(r *helper.DeleteEndpointRequest) (err error) {
 	defer n.answer("DeleteEndpoint", time.Now(), &err, "network", r.NetworkID, "endpoint", r.EndpointID)
@@ -138,7 +140,7 @@ func (n *networkDriver) DeleteEndpoint(r *helper.DeleteEndpointRequest) (err err
 	if err := n.attacher.Detach(ctx, key); err != nil {
 		return err
 	}
-	return n.attacher.Update(ctx, func(tx *node.Tx) error { return tx.PutSetting(macSetting+r.EndpointID, "") })
+	return n.attacher.Update(ctx, func(tx *node.Tx) error { return forgetMAC(tx, r.EndpointID) })
 }
 
 func (n *networkDriver) EndpointInfo(r *helper.InfoRequest) (*helper.InfoResponse, error) {

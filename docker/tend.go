@@ -84,6 +84,9 @@ func (t *tender) tendOnce(ctx context.Context) error {
 		seen[e.Key.String()] = true
 		if t.expired(e.Key.String()) {
 			freed, err := t.attacher.Forget(ctx, e.Key)
+			if err == nil {
+				err = t.attacher.Update(ctx, func(tx *node.Tx) error { return forgetMAC(tx, e.ContainerID) })
+			}
 			t.Log.Warn("collected an endpoint that docker has no more", "endpoint", e.ContainerID, "container", e.PodName, "addresses", freed, "error", err)
 			errs = append(errs, err)
 		}
@@ -219,7 +222,7 @@ func (t *tender) tendHoldings(ctx context.Context, seen map[string]bool) error {
 				return nil
 			}
 			freed = true
-			return release(tx, h.addr)
+			return errors.Join(release(tx, h.addr), forgetMAC(tx, h.key.ContainerID))
 		})
 		if freed {
 			t.Log.Warn("collected an address that docker requested and did not use", "address", h.addr, "error", err)

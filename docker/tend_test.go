@@ -32,7 +32,8 @@ func TestHoldings(t *testing.T) {
 	}
 	other := node.Key{Network: "docker-net", ContainerID: "c1", IfName: "eth0"}
 	err = db.Update(func(tx *node.Tx) error {
-		return errors.Join(tx.PutBlock(node.Block{CIDR: block, Pool: block, Next: 4}), tx.Hold(requested(unused), unused, block), tx.Hold(endpoint, unjoined, block), tx.Hold(other, others, block))
+		return errors.Join(tx.PutBlock(node.Block{CIDR: block, Pool: block, Next: 4}), tx.Hold(requested(unused), unused, block), tx.Hold(endpoint, unjoined, block), tx.PutSetting(macSetting+endpoint.ContainerID, "02:00:00:00:00:01"),
+			tx.Hold(other, others, block))
 	})
 	if err := errors.Join(err, db.Close()); err != nil {
 		t.Fatal(err)
@@ -52,6 +53,9 @@ func TestHoldings(t *testing.T) {
 			if owner, err := tx.Owner(a); !errors.Is(err, node.ErrNotFound) {
 				t.Errorf("%s is still held by %s, %v", a, owner, err)
 			}
+		}
+		if mac := tx.Setting(macSetting + endpoint.ContainerID); mac != "" {
+			t.Errorf("an endpoint that is gone is still to have MAC address %s", mac)
 		}
 		if owner, err := tx.Owner(others); err != nil || owner != other {
 			t.Errorf("%s is held by %q, %v; want %s", others, owner, err, other)
