@@ -251,7 +251,10 @@ func endpoint(meta, spec object) {
 	for _, key := range []string{"projectcalico.org/namespace", "projectcalico.org/orchestrator", "projectcalico.org/serviceaccount"} {
 		delete(labels, key)
 	}
-	profiles, _ := spec["profiles"].([]any)
+	profiles, ok := spec["profiles"].([]any)
+	if !ok {
+		return
+	}
 	spec["profiles"] = slices.DeleteFunc(profiles, func(p any) bool {
 		name, _ := p.(string)
 		return strings.HasPrefix(name, "kns.") || strings.HasPrefix(name, "ksa.") || name == "projectcalico-default-allow"

@@ -175,6 +175,7 @@ func TestImportForms(t *testing.T) {
 		{"pools that overlap", list1(poolText, strings.Replace(poolText, `"p"`, `"q"`, 1)), ExitError, "IPPool q: can't be"},
 		{"WireGuard", `{"apiVersion": "projectcalico.org/v3", "kind": "FelixConfiguration", "metadata": {"name": "default"}, "spec": {"wireguardEnabled": true}}`, ExitError, "spec.wireguardEnabled: can't be"},
 		{"another program's", `{"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "d"}}`, ExitError, "Deployment d: can't be"},
+		{"endpoint without a spec", `{"apiVersion": "projectcalico.org/v3", "kind": "WorkloadEndpoint", "metadata": {"name": "e", "namespace": "web"}}`, ExitError, "WorkloadEndpoint web/e: can't be"},
 		{"broken IPAM", `{"blocks": [{"Value": {"cidr": 7}}]}`, ExitError, "IPAM : can't be"},
 		{"broken affinity", `{"block_affinities": [{"Key": "/calico/x", "Value": {}}]}`, ExitError, "BlockAffinity : can't be"},
 	} {
@@ -210,6 +211,9 @@ func FuzzImport(f *testing.F) {
 	f.Add(text)
 	f.Add([]byte(list1(poolText, block("h1", "10.1.0.0/26"))))
 	f.Add([]byte("- " + poolText))
+	for _, kind := range []string{"WorkloadEndpoint", "BGPPeer", "Node"} { // without a spec
+		f.Add([]byte(`{"apiVersion": "projectcalico.org/v3", "kind": "` + kind + `", "metadata": {"name": "x"}}`))
+	}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		for _, ipip := range []string{"", "vxlan"} {
 			im := &importer{ipip: ipip, skip: ipip != ""}
