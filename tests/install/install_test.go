@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -454,5 +455,30 @@ func TestOtherNetworks(t *testing.T) {
 	_, _, errs = p.run(nil, "install", "--conf-name", "00-caracal.conflist")
 	if strings.Contains(errs, "05-bridge") {
 		t.Error(errs)
+	}
+}
+
+var helpVariables = regexp.MustCompile(`\benv ([A-Z][A-Z0-9_]+(?:, [A-Z][A-Z0-9_]+)*)`)
+
+// Every variable that caracald's help tells of reaches an agent that runs elsewhere.
+func TestAgentVariables(t *testing.T) {
+	help, err := exec.Command(testenv.Bin(t, "caracald"), "--help").CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, help)
+	}
+	var names, env []string
+	for _, m := range helpVariables.FindAllStringSubmatch(string(help), -1) {
+		for name := range strings.SplitSeq(m[1], ", ") {
+			names, env = append(names, name), append(env, name+"=x")
+		}
+	}
+	if !slices.Contains(names, "CARACAL_NODENAME") {
+		t.Fatalf("variables in the help: %s", names)
+	}
+	out := newPlace(t).ok(env, "node", "run", "--dry-run", "--node-image=i")
+	for _, name := range names {
+		if !strings.Contains(out, "--env="+name+" ") {
+			t.Errorf("%s is not passed on:\n%s", name, out)
+		}
 	}
 }
