@@ -191,6 +191,31 @@ func TestInstallAndUninstall(t *testing.T) {
 	p.ok(nil, "uninstall")
 }
 
+// A network of ours under another name than uninstall was told is named: it calls plugins that are gone then. A state directory on
+// which something is mounted stays, and is no reason to leave the rest.
+func TestUninstallLeavesAndSays(t *testing.T) {
+	testenv.NeedRoot(t)
+	p := newPlace(t)
+	p.ok(nil, "install", "--calico-names", "--conf-name", "10-calico.conflist")
+	if err := unix.Mount(p.state, p.state, "", unix.MS_BIND, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(p.state, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	code, _, errs := p.run(nil, "uninstall")
+	for _, want := range []string{filepath.Join(p.conf, "10-calico.conflist") + " stays, and calls plugins that go", p.state + " stays: something is mounted there"} {
+		if code != 0 || !strings.Contains(errs, want) {
+			t.Errorf("exit code %d, want %q:\n%s", code, want, errs)
+		}
+	}
+	if got := p.files(); !slices.Equal(got, []string{"10-calico.conflist"}) {
+		t.Errorf("left: %s", got)
+	}
+}
+
 // What is not Caracal's stays, is named, and nothing is done.
 func TestForeignFiles(t *testing.T) {
 	p := newPlace(t)

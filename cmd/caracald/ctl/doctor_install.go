@@ -43,7 +43,7 @@ func (d *doctor) networks() ([]network, error) {
 	}
 	var all []network
 	for _, e := range entries {
-		if e.IsDir() || !slices.Contains([]string{".conf", ".conflist", ".json"}, filepath.Ext(e.Name())) {
+		if e.IsDir() || !slices.Contains(networkExtensions, filepath.Ext(e.Name())) {
 			continue
 		}
 		f, err := os.Open(filepath.Join(d.confDir, e.Name()))

@@ -263,7 +263,7 @@ func (o *installOptions) checkFlags() error {
 	if o.mtu != 0 && (o.mtu < 68 || o.mtu > 65535) {
 		bad("mtu", "%d: not between 68 and 65535; 0: that of the interface with the default route", o.mtu)
 	}
-	if o.confName != filepath.Base(o.confName) || !slices.Contains([]string{".conflist", ".conf", ".json"}, filepath.Ext(o.confName)) || strings.HasPrefix(o.confName, ".") {
+	if o.confName != filepath.Base(o.confName) || !slices.Contains(networkExtensions, filepath.Ext(o.confName)) || strings.HasPrefix(o.confName, ".") {
 		bad("conf-name", "%q: a file's name alone, that ends with .conflist", o.confName)
 	}
 	for _, name := range o.skip {

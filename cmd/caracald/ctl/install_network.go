@@ -22,6 +22,9 @@ import (
 	"github.com/caracal-net/caracal/store"
 )
 
+// networkExtensions are what the names of files end with that libcni takes for networks.
+var networkExtensions = []string{".conf", ".conflist", ".json"}
+
 // ipPools are the pools that were asked for.
 func (o *installOptions) ipPools() ([]api.IPPool, error) {
 	var pools []api.IPPool
@@ -317,7 +320,7 @@ func (o *installOptions) warnOfOthers(cmd *cobra.Command, network []byte) {
 		return // it is about to be made
 	}
 	for _, e := range entries {
-		if e.Name() == o.confName || !slices.Contains([]string{".conf", ".conflist", ".json"}, filepath.Ext(e.Name())) {
+		if e.Name() == o.confName || !slices.Contains(networkExtensions, filepath.Ext(e.Name())) {
 			continue
 		}
 		text, err := os.ReadFile(filepath.Join(o.confDir, e.Name()))

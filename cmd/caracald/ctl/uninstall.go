@@ -14,6 +14,7 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/caracal-net/caracal/bpf"
 	"github.com/caracal-net/caracal/cni"
@@ -52,7 +53,7 @@ func newUninstallCommand(g *globals) *cobra.Command {
 		Long: `uninstall removes what Caracal has made on this node: the pods' interfaces, kernel routes, its rules in the firewall for Docker, pinned programs, links and
 maps, and the state directory's files; and it puts the recorded sysctls back. Of what install has put in place it removes the
 network first, so that runtimes start no more pods with it, and the plugins, the agent and its unit last. A file of one of
-these names that is not Caracal's stays, and is named. Log files, /etc/caracal and what the datastore holds stay.
+these names that is not Caracal's stays, and is named, and so does a network under another name than --conf-name. Log files, /etc/caracal and what the datastore holds stay.
 
 It refuses while pods are attached (they would lose their network) or an agent runs (it would make all again), unless --force is
 given. What is gone already is no error, so it can be repeated.`,
@@ -158,7 +159,11 @@ func (o *uninstallOptions) plan(cmd *cobra.Command) error {
 				break
 			}
 		}
-		return fmt.Errorf("%d pods are attached (%s): remove them first, or take their network away with --force", len(o.pods), strings.Join(names, ", "))
+		out := "remove them first"
+		if slices.ContainsFunc(o.pods, func(e node.Endpoint) bool { return e.Adopted }) {
+			out += ", give Calico's back (caracalctl adopt --undo)"
+		}
+		return fmt.Errorf("%d pods are attached (%s): %s, or take their network away with --force", len(o.pods), strings.Join(names, ", "), out)
 	}
 	return nil
 }
@@ -214,6 +219,7 @@ func (o *uninstallOptions) ownPins() error {
 // remove goes on after an error and returns all, but keeps the records while anything that they name may be left.
 func (o *uninstallOptions) remove(cmd *cobra.Command) error {
 	installed := o.installed()
+	o.warnOfNetworks(cmd)
 	if err := o.removeFiles(cmd, installed, "network"); err != nil {
 		return err
 	}
@@ -267,6 +273,20 @@ func (o *uninstallOptions) installed() []item {
 		}
 	}
 	return all
+}
+
+// warnOfNetworks tells of networks that stay under other names and call the plugins that go.
+func (o *uninstallOptions) warnOfNetworks(cmd *cobra.Command) {
+	entries, err := os.ReadDir(o.confDir)
+	if err != nil {
+		return // none is there
+	}
+	for _, e := range entries {
+		path := filepath.Join(o.confDir, e.Name())
+		if e.Name() != o.confName && slices.Contains(networkExtensions, filepath.Ext(e.Name())) && ownNetwork(path, o.binDir) {
+			warn(cmd, "%s stays, and calls plugins that go: remove it too (rm %s)", path, path)
+		}
+	}
 }
 
 // removeFiles removes what install has put in place, of some kinds.
@@ -505,7 +525,12 @@ func (o *uninstallOptions) removeState(cmd *cobra.Command) error {
 		}
 	}
 	if !o.dryRun {
-		if err := os.Remove(o.stateDir); err != nil {
+		err := os.Remove(o.stateDir)
+		if errors.Is(err, unix.EBUSY) {
+			warn(cmd, "%s stays: something is mounted there", o.stateDir)
+			return nil
+		}
+		if err != nil {
 			return fmt.Errorf("remove state: %w", err)
 		}
 	}
