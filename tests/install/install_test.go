@@ -370,6 +370,30 @@ func TestDirectoriesThatCantBeWritten(t *testing.T) {
 	}
 }
 
+// Who may write the plugin's directories alone is told so before anything is made, a pool say.
+func TestAgentTakesRoot(t *testing.T) {
+	testenv.NeedRoot(t)
+	p := newPlace(t)
+	const nobody = 65534
+	if err := os.Chmod(filepath.Dir(p.state), 0o755); err != nil { // above all temporary directories of the test
+		t.Fatal(err)
+	}
+	for _, dir := range []string{p.bin, p.conf, p.state} {
+		if err := os.Chown(dir, nobody, nobody); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cmd := exec.Command("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", p.ctl, "install", "--agent")
+	cmd.Env = []string{"CNI_BIN_DIR=" + p.bin, "CNI_NET_DIR=" + p.conf, "CARACAL_STATE_DIR=" + p.state}
+	out, err := cmd.CombinedOutput()
+	if err == nil || !strings.Contains(string(out), "--agent /usr/local/bin: user 65534 may not write there; run it as root") || strings.Contains(string(out), p.bin) {
+		t.Errorf("%v: %s", err, out)
+	}
+	if left, err := os.ReadDir(p.state); err != nil || len(left) != 0 || len(p.files()) != 0 {
+		t.Errorf("left: %s %s, %v", left, p.files(), err)
+	}
+}
+
 // The network is there for one who looks at any time, whole, and so are the plugins, even while they run.
 func TestWhileInUse(t *testing.T) {
 	p := newPlace(t)

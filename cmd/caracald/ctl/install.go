@@ -295,6 +295,11 @@ func (o *installOptions) directories() error {
 		}
 		errs = append(errs, o.writable(d.flag, *d.path, d.usual))
 	}
+	if o.agent {
+		for _, dir := range []string{agentDir, filepath.Dir(unitFile), filepath.Dir(agentFile)} {
+			errs = append(errs, o.writable("agent", dir, dir))
+		}
+	}
 	return errors.Join(errs...)
 }
 
@@ -304,7 +309,7 @@ func (o *installOptions) writable(flag, path, usual string) error {
 	case errors.Is(err, fs.ErrNotExist) && o.image:
 		return fmt.Errorf("%s %s: no such directory in this container: mount the host's (docker run -v %s:%s)", o.by(flag), path, usual, path)
 	case errors.Is(err, fs.ErrNotExist) && path == usual:
-		return nil // it will be made
+		return o.writable(flag, filepath.Dir(path), filepath.Dir(usual)) // it will be made
 	case errors.Is(err, fs.ErrNotExist):
 		return fmt.Errorf("%s %s: no such directory; make it first, or is it another one?", o.by(flag), path)
 	case err != nil:
