@@ -145,7 +145,7 @@ func TestDocker(t *testing.T) {
 	for _, part := range []struct {
 		name string
 		run  func(*testing.T, machine)
-	}{{"seed", seedSession}, {"options", imageOptions}, {"agent", agentContainer}, {"datastore", datastore}} {
+	}{{"calico", calicoSession}, {"options", imageOptions}, {"agent", agentContainer}, {"datastore", datastore}} {
 		t.Run(part.name, func(t *testing.T) {
 			part.run(t, machine{m.Machine, t})
 			m.sh(`docker rm -f $(docker ps -aq) >/dev/null; /root/caracal/caracalctl uninstall --force
@@ -155,7 +155,7 @@ func TestDocker(t *testing.T) {
 }
 
 // The command line with which people start Calico's CNI image, and all that they do then.
-func seedSession(t *testing.T, m machine) {
+func calicoSession(t *testing.T, m machine) {
 	if out := m.sh("docker image inspect " + image + " --format '{{.Size}}'"); len(out) > 8 || out > "60000000" && len(out) == 8 {
 		t.Errorf("the image has %s bytes, more than 60 MB", out)
 	} else {
