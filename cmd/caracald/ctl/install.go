@@ -154,6 +154,9 @@ func (o *installOptions) run(cmd *cobra.Command) error {
 		return err
 	}
 	o.warnOfOthers(cmd, network)
+	if slices.ContainsFunc(o.items, func(i item) bool { return i.Kind == "settings" && i.Done == doneKept }) {
+		warn(cmd, "%s says other than the variables given here, and is kept: the agent goes by it; change it there, or remove it and repeat install", agentFile)
+	}
 	if o.dryRun {
 		return o.show(cmd)
 	}
