@@ -2,6 +2,9 @@
 # Builds the container image from built binaries, with the local engine (DOCKER=podman for another). Nothing is downloaded.
 set -eu
 [ $# = 2 ] || { echo "usage: $0 DIRECTORY_OF_BINARIES TAG" >&2; exit 2; }
+docker=${DOCKER:-docker}
+command -v "$docker" >/dev/null || { echo "$0: no program $docker here: install Docker, or name another engine (DOCKER=podman)" >&2; exit 1; }
+[ -x "$1/caracal" ] && [ -x "$1/caracald" ] || { echo "$0: caracal and caracald are not in $1: make build puts them into bin" >&2; exit 1; }
 context=$(mktemp -d)
 trap 'rm -rf "$context"' EXIT
 mkdir -p "$context/root/usr/bin" "$context/root/run" "$context/root/var"
@@ -10,4 +13,4 @@ cp "$1/caracal" "$1/caracald" "$context/root/usr/bin/"
 ln -s caracal "$context/root/usr/bin/caracal-ipam"
 ln -s caracald "$context/root/usr/bin/caracalctl"
 cp "$(dirname "$0")/Dockerfile" "$context/"
-"${DOCKER:-docker}" build -q -t "$2" "$context"
+"$docker" build -q -t "$2" "$context"
