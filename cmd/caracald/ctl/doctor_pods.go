@@ -144,11 +144,14 @@ func (d *doctor) hostSide(e node.Endpoint, neighbours map[neighbour]netlink.Neig
 	return wrong
 }
 
+// notInContainer is what is wrong with an endpoint of Docker's of which only the host's side is known.
+const notInContainer = "Docker has not put its interface into the container yet"
+
 // podSide is what is wrong inside a pod: its interface, addresses, and the way to its gateways.
 func podSide(e node.Endpoint) (wrong []string) {
 	add := func(format string, args ...any) { wrong = append(wrong, fmt.Sprintf(format, args...)) }
 	if e.NetnsID == "" {
-		add("Docker has not put its interface into the container yet")
+		add(notInContainer)
 		return wrong
 	}
 	gateway4, ifName := cni.Gateway4, e.Interface()

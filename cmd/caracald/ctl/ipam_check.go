@@ -216,6 +216,10 @@ func (c *checking) endpoint(e node.Endpoint) error {
 		c.add("dead", netip.Addr{}, holder, "%s and no DEL came", why)
 		return nil
 	}
+	if e.NetnsID == "" {
+		c.add("interface", netip.Addr{}, holder, "%s", notInContainer)
+		return nil
+	}
 	err := netns.Do(e.Netns, func() error {
 		inside, err := openInterfaces()
 		if err != nil {
