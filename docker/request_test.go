@@ -98,3 +98,21 @@ func TestMissing(t *testing.T) {
 		}
 	}
 }
+
+// What Docker does not know of is freed; addresses of pods are not, however their network is called.
+func TestOurs(t *testing.T) {
+	const id = "735f15b514db3a7310a7f3ef0734a6cd6b966753dc8cf0f7847305e0ba9fe51f"
+	for key, want := range map[node.Key]bool{
+		requested(netip.MustParseAddr("10.244.0.1")):                             true,
+		requested(netip.MustParseAddr("2001:db8::1")):                            true,
+		{Network: keyNetwork + id[:shownID], ContainerID: id, IfName: keyIfName}: true,
+		{Network: keyNetwork + id[:shownID], ContainerID: id, IfName: "eth0"}:    false,
+		{Network: "docker-bridge", ContainerID: id, IfName: "eth0"}:              false,
+		{Network: "docker-bridge", ContainerID: id, IfName: keyIfName}:           false,
+		{Network: "docker-requested", ContainerID: id, IfName: keyIfName}:        false,
+	} {
+		if ours(key) != want {
+			t.Errorf("%s is Docker's: %v", key, !want)
+		}
+	}
+}
