@@ -59,6 +59,9 @@ func (c Config) Check() error {
 	return nil
 }
 
+// maxShown is how many characters of a request's field are logged.
+const maxShown = 200
+
 // takes is how long a request of Docker's may take; Docker itself waits 30 s and more.
 const takes = 60 * time.Second
 
@@ -109,8 +112,8 @@ func (d *Drivers) Serve(ctx context.Context) error {
 	for i, name := range d.Names {
 		network := nethelper.NewHandler(&networkDriver{d, name})
 		addresses := ipamhelper.NewHandler(&ipamDriver{d, name})
-		go func() { failed <- network.Serve(d.listeners[2*i]) }()
-		go func() { failed <- addresses.Serve(d.listeners[2*i+1]) }()
+		go func() { failed <- network.Serve(limited{d.listeners[2*i]}) }()
+		go func() { failed <- addresses.Serve(limited{d.listeners[2*i+1]}) }()
 	}
 	d.Log.Info("serving docker", "drivers", strings.Join(d.Names, ","), "scope", d.Scope, "plugins", d.Plugins)
 	d.working.Go(func() { d.tend(ctx) })
@@ -131,6 +134,11 @@ func (d *Drivers) request() (context.Context, context.CancelFunc) {
 
 // answer logs what a request of Docker's came to. Docker shows its user the error.
 func (d *Drivers) answer(request string, begin time.Time, err *error, attrs ...any) {
+	for i, a := range attrs {
+		if s, ok := a.(string); ok && len(s) > maxShown {
+			attrs[i] = s[:maxShown]
+		}
+	}
 	log := d.Log.With("duration", time.Since(begin).Round(time.Microsecond)).With(attrs...)
 	if *err != nil {
 		log.Error(request, "error", *err)
