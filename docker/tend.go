@@ -162,6 +162,9 @@ func (t *tender) learn(ctx context.Context, e node.Endpoint, network, id, name s
 		return nil
 	}
 	labels, err := t.engine.labels(ctx, id)
+	if errors.Is(err, errNoSuch) {
+		return nil // it went meanwhile
+	}
 	if err != nil {
 		return err
 	}
