@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"path/filepath"
 	"strconv"
 	"time"
 
@@ -159,7 +160,10 @@ func (n *networkDriver) Join(r *helper.JoinRequest) (_ *helper.JoinResponse, err
 	if err != nil {
 		return nil, err
 	}
-	mac, err := n.macOf(ctx, r.EndpointID)
+	if !filepath.IsAbs(r.SandboxKey) {
+		return nil, fmt.Errorf("sandbox %.80q: it is no path of a network namespace", r.SandboxKey)
+	}
+	mac, err := n.vacant(ctx, key)
 	if err != nil {
 		return nil, err
 	}
@@ -179,20 +183,33 @@ func (n *networkDriver) Join(r *helper.JoinRequest) (_ *helper.JoinResponse, err
 	return joined(e, "tmp"+r.EndpointID[:ifNameID]), nil
 }
 
-func (n *networkDriver) macOf(ctx context.Context, endpointID string) (net.HardwareAddr, error) {
+// vacant makes sure that no container has an endpoint already, and tells which MAC address its container is to have. One whose
+// Join was not answered is made anew.
+func (n *networkDriver) vacant(ctx context.Context, key node.Key) (net.HardwareAddr, error) {
 	mac := containerMAC
-	err := n.attacher.View(ctx, func(tx *node.Tx) error {
-		s := tx.Setting(macSetting + endpointID)
+	var before node.Endpoint
+	err := n.attacher.View(ctx, func(tx *node.Tx) (err error) {
+		before, err = tx.Endpoint(key)
+		if err != nil && !errors.Is(err, node.ErrNotFound) {
+			return err
+		}
+		s := tx.Setting(macSetting + key.ContainerID)
 		if s == "" {
 			return nil
 		}
-		asked, err := net.ParseMAC(s)
+		mac, err = net.ParseMAC(s)
 		if err != nil {
-			return fmt.Errorf("setting %s%s: %w", macSetting, strconv.Quote(endpointID), err)
+			return fmt.Errorf("setting %s%s: %w", macSetting, strconv.Quote(key.ContainerID), err)
 		}
-		mac = asked
 		return nil
 	})
+	if err != nil || before.HostIfName == "" {
+		return mac, err
+	}
+	alive, err := n.attacher.Alive(before)
+	if err == nil && alive {
+		err = fmt.Errorf("endpoint %s: a container has it, in %s; it must leave first", key.ContainerID, before.Netns)
+	}
 	return mac, err
 }
 

@@ -1,8 +1,13 @@
 package docker
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
 	"strings"
 	"testing"
 )
@@ -21,6 +26,7 @@ func TestOneMachine(t *testing.T) {
 	t.Run("IPv6", m.testIPv6)
 	t.Run("Labels", m.testLabels)
 	t.Run("BadInput", m.testBadInput)
+	t.Run("Strangers", m.testStrangers)
 	t.Run("Storm", m.testStorm)
 }
 
@@ -211,6 +217,85 @@ func (m *machine) testBadInput(t *testing.T) {
 		t.Errorf("left behind:\n%s", got)
 	}
 	m.clean()
+}
+
+// testStrangers: somebody other than Docker asks, out of order and too much. Containers do not notice.
+func (m *machine) testStrangers(t *testing.T) {
+	m = m.on(t)
+	m.sh(create + "net1")
+	m.sh(busy("--name ann --net net1"))
+	network := m.sh("docker network inspect -f '{{.Id}}' net1")
+	endpoint := m.sh("docker inspect -f '{{.NetworkSettings.Networks.net1.EndpointID}}' ann")
+	ann, nobody := m.address("ann"), strings.Repeat("0f", 32)
+	of := func(endpoint, more string) string {
+		return fmt.Sprintf(`{"NetworkID":%q,"EndpointID":%q%s}`, network, endpoint, more)
+	}
+	for _, c := range []struct{ socket, method, body, want string }{
+		{"caracal", "NetworkDriver.Join", of(endpoint, `,"SandboxKey":"/run/docker/netns/x"`), "a container has it, in /var/run/docker/netns/"},
+		{"caracal", "NetworkDriver.Join", of(endpoint, ""), `sandbox \"\": it is no path`},
+		{"caracal", "NetworkDriver.Join", of(nobody, `,"SandboxKey":"/run/docker/netns/x"`), "holds no address"},
+		{"caracal", "NetworkDriver.Leave", of(nobody, ""), "{}"},
+		{"caracal", "NetworkDriver.CreateEndpoint", of(nobody, `,"Interface":{"Address":"`+ann+`/32"}`), "is taken by"},
+		{"caracal-ipam", "IpamDriver.ReleaseAddress", `{"Address":"` + ann + `"}`, "{}"},
+		{"caracal-ipam", "IpamDriver.RequestAddress", `{"PoolID":"CaracalPoolIPv4","Address":"` + ann + `"}`, "taken by container ann"},
+		{"caracal", "NetworkDriver.CreateNetwork", `{"NetworkID":"` + strings.Repeat("a", 32<<20) + `"}`, ""},
+		{"caracal", "NetworkDriver.CreateNetwork", `{"NetworkID":"` + strings.Repeat("a", 1<<19) + `"}`, "is none of Docker's"},
+	} {
+		if got := m.post(c.socket, c.method, c.body); !strings.Contains(got, c.want) {
+			t.Errorf("%s %.200s: %s; want %s", c.method, c.body, got, c.want)
+		}
+		m.ping("docker exec ann", "192.0.2.1", true)
+		m.ping("", ann, true)
+	}
+	if st, err := os.Stat(m.Path("/var/log/caracald.log")); err != nil || st.Size() > 1<<19 {
+		t.Errorf("the log has what strangers say: %v %v", st, err)
+	}
+
+	// Docker does not give back what a pod has, however the pod's network is called.
+	pod := m.sh(`echo '{"cniVersion":"1.0.0","name":"docker-bridge","type":"bridge","ipam":{"type":"caracal-ipam"}}' >/tmp/bridge.json
+		export CNI_CONTAINERID=` + nobody + ` CNI_NETNS=/proc/self/ns/net CNI_IFNAME=eth0 CNI_PATH=/root/caracal
+		CNI_COMMAND=ADD /root/caracal/caracal-ipam 2>/dev/null </tmp/bridge.json | grep -o '[0-9.]*/16' | head -1 | cut -d/ -f1`)
+	m.post("caracal-ipam", "IpamDriver.ReleaseAddress", `{"Address":"`+pod+`"}`)
+	m.fails("caracalctl ipam check", pod)
+	m.sh("CNI_COMMAND=DEL CNI_CONTAINERID=" + nobody + " CNI_IFNAME=eth0 CNI_PATH=/root/caracal /root/caracal/caracal-ipam </tmp/bridge.json")
+
+	// An endpoint without a container is found.
+	got := m.post("caracal-ipam", "IpamDriver.RequestAddress", `{"PoolID":"CaracalPoolIPv4"}`)
+	_, addr, _ := strings.Cut(got, `:"`)
+	addr, _, _ = strings.Cut(addr, `"`)
+	m.post("caracal", "NetworkDriver.CreateEndpoint", of(nobody, `,"Interface":{"Address":"`+addr+`"}`))
+	m.post("caracal", "NetworkDriver.Join", of(nobody, `,"SandboxKey":"/run/docker/netns/x"`))
+	eventually(t, "the check has it", func() error {
+		out, err := m.Sh(t.Context(), "caracalctl ipam check")
+		if err == nil || !strings.Contains(out, nobody) || !strings.Contains(out, "Docker has not put its interface into the container") {
+			return fmt.Errorf("%s %w", out, err)
+		}
+		return nil
+	})
+	eventually(t, "and the agent collects it", func() error {
+		_, err := m.Sh(t.Context(), "caracalctl ipam check")
+		return err
+	})
+	m.sh("docker rm -f ann")
+	m.remove("net1")
+	m.clean()
+}
+
+// post asks a plugin as Docker would.
+func (m *machine) post(socket, method, body string) string {
+	m.t.Helper()
+	dial := func(context.Context, string, string) (net.Conn, error) {
+		return net.Dial("unix", m.Path("/run/docker/plugins/"+socket+".sock"))
+	}
+	client := &http.Client{Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}}
+	r, err := client.Post("http://plugin/"+method, "application/json", strings.NewReader(body))
+	if err != nil {
+		return err.Error()
+	}
+	defer r.Body.Close()
+	text, err := io.ReadAll(r.Body)
+	must(m.t, err)
+	return string(text)
 }
 
 // testStorm starts many containers at once.
