@@ -32,6 +32,7 @@ func TestSystemd(t *testing.T) {
 	m.sh("ip route add default via 192.0.2.254")
 	m.sh("/root/caracal/caracalctl install --agent && systemctl enable --now caracald")
 	m.await("caracalctl health", "yes ")
+	m.await("systemctl show -p Before caracald", `\bdocker\.service\b`)
 	m.pod("a")
 	m.pod("b")
 	ping := "ip netns exec a ping -c 1 -W 5 10.244.0.1"
