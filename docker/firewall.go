@@ -2,6 +2,7 @@ package docker
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os/exec"
 	"slices"
@@ -37,8 +38,11 @@ func eachFirewall(ctx context.Context, verb string, which func(chain string) []s
 			continue
 		}
 		out, err := exec.CommandContext(ctx, path, "-w", "5", "-S", "FORWARD").Output()
+		if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
+			err = fmt.Errorf("%w: %s", err, strings.TrimSpace(string(exit.Stderr)))
+		}
 		if err != nil {
-			return done, fmt.Errorf("%s: list what is forwarded: %w", program, err)
+			return done, fmt.Errorf("%s: list what is forwarded: %w; see that FORWARD accepts cali+ (docs/docker.md)", program, err)
 		}
 		for _, rule := range which(string(out)) {
 			args := append([]string{"-w", "5", verb}, strings.Fields(rule)...)
