@@ -13,10 +13,12 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/caracal-net/caracal/bgp"
+	"github.com/caracal-net/caracal/cni"
 	"github.com/caracal-net/caracal/internal/capability"
 	"github.com/caracal-net/caracal/internal/holder"
 	"github.com/caracal-net/caracal/loader"
@@ -124,6 +126,9 @@ func Run(ctx context.Context, c Config, s store.Store) error {
 		return err
 	}
 	defer lock.Unlock()
+	if err := adopted(); err != nil {
+		return err
+	}
 	if err := a.prepare(); err != nil {
 		return err
 	}
@@ -169,6 +174,19 @@ func alone(dir string) (*node.Lock, error) {
 		return nil, fmt.Errorf("another agent of this node runs%s: it has locked %s; one runs on a node", paren(holder.Lock(path)), path)
 	}
 	return lock, err
+}
+
+// adopted makes sure that no pod here is Calico's: programs on the uplinks drop what comes for addresses of this node's blocks
+// that no recorded pod has.
+func adopted() error {
+	pods, err := cni.Unadopted()
+	if err != nil {
+		return err
+	}
+	if len(pods) > 0 {
+		return fmt.Errorf("%s: pods of Calico's, which an agent would cut off from other hosts: run caracalctl adopt first, or remove what is left of them (ip link del)", strings.Join(pods, ", "))
+	}
+	return nil
 }
 
 // capable says what this process lacks for its work.

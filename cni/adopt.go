@@ -131,6 +131,39 @@ func (a *Adoption) Find(ctx context.Context) (pods []*CalicoPod, stray []string,
 	return pods, stray, nil
 }
 
+// Unadopted lists the interfaces of Calico's pods that Caracal has not taken over: pairs of its name to which a host route leads.
+func Unadopted() ([]string, error) {
+	links, err := nl.Dump(netlink.LinkList)
+	if err != nil {
+		return nil, fmt.Errorf("list interfaces: %w", err)
+	}
+	names := make(map[int]string)
+	for _, l := range links {
+		if name := l.Attrs().Name; l.Type() == "veth" && strings.HasPrefix(name, "cali") && !ours(l) {
+			names[l.Attrs().Index] = name
+		}
+	}
+	if len(names) == 0 {
+		return nil, nil
+	}
+	routes, err := nl.Dump(func() ([]netlink.Route, error) { return netlink.RouteList(nil, netlink.FAMILY_ALL) })
+	if err != nil {
+		return nil, fmt.Errorf("list routes: %w", err)
+	}
+	var found []string
+	for _, r := range routes {
+		name := names[r.LinkIndex]
+		if name == "" || r.Dst == nil || slices.Contains(found, name) {
+			continue
+		}
+		if ones, bits := r.Dst.Mask.Size(); ones == bits {
+			found = append(found, name)
+		}
+	}
+	slices.Sort(found)
+	return found, nil
+}
+
 // cache reads what libcni remembers.
 func (a *Adoption) cache() ([]cached, error) {
 	dir := filepath.Join(a.CacheDir, "results")

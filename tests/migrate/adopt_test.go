@@ -137,6 +137,13 @@ func TestConvert(t *testing.T) {
 	if now := h1.sh("ip route; ip link; ls -A /var/lib/caracal 2>/dev/null | grep -v adopt.lock || true"); now != before {
 		t.Errorf("dry run changed\n%s\nto\n%s", before, now)
 	}
+
+	// Caracal's agent is not for hosts with pods of Calico's.
+	if out, err := h1.Sh(t.Context(), "timeout 20 /root/caracal/caracald"); err == nil || !strings.Contains(out, a.ifname) || !strings.Contains(out, "run caracalctl adopt first") {
+		t.Errorf("caracald before adopt: %v\n%s", err, out)
+	}
+	all("after caracald was tried")
+
 	out = h1.ctl("adopt")
 	if strings.Count(out, "Caracal's  -") != 2 {
 		t.Errorf("adopt said:\n%s", out)
