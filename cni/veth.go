@@ -204,7 +204,8 @@ func unspecified(a netip.Addr) netip.Addr {
 // awaitAddresses waits until the pod takes packets for its IPv6 addresses: the kernel makes them local a moment after they
 // were added, also without duplicate address detection.
 func (v *veth) awaitAddresses(pod *netlink.Handle) error {
-	deadline := time.Now().Add(time.Second)
+	const within = 5 * time.Second // a loaded machine takes its time
+	deadline := time.Now().Add(within)
 	for _, a := range v.addrs {
 		for a.Is6() {
 			routes, err := pod.RouteGet(a.AsSlice())
@@ -212,7 +213,7 @@ func (v *veth) awaitAddresses(pod *netlink.Handle) error {
 				break
 			}
 			if time.Now().After(deadline) {
-				return fmt.Errorf("address %s does not become the pod's: %w", a, err)
+				return errors.Join(fmt.Errorf("address %s does not become the pod's within %s", a, within), err)
 			}
 			time.Sleep(50 * time.Microsecond)
 		}

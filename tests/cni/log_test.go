@@ -129,7 +129,7 @@ func TestLog(t *testing.T) {
 	if steps < 8 {
 		t.Errorf("%d steps", steps)
 	}
-	h.conf["log_format"], h.conf["log_level"] = nil, "info"
+	h.conf["log_format"], h.conf["log_level"], h.conf["log_file_path"] = nil, "info", nil
 	if s := p.stderr(t, "DEL"); !strings.HasPrefix(s, "time=") || strings.Count(s, "\n") != 1 || !strings.Contains(s, "command=DEL") {
 		t.Errorf("as text: %q", s)
 	}
