@@ -143,19 +143,7 @@ func must(t testing.TB, err error) {
 
 func eventually(t testing.TB, what string, fn func() error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
-	defer cancel()
-	for {
-		err := fn()
-		if err == nil {
-			return
-		}
-		select {
-		case <-time.After(20 * time.Millisecond):
-		case <-ctx.Done():
-			t.Fatalf("%s: %v", what, err)
-		}
-	}
+	testenv.Eventually(t, 2*time.Minute, what, fn)
 }
 
 var ttls = regexp.MustCompile(`ttl=(\d+)`)

@@ -9,7 +9,6 @@
 package containerd
 
 import (
-	"context"
 	"encoding/json"
 	"fmt"
 	"net/netip"
@@ -437,17 +436,5 @@ func must(t testing.TB, err error) {
 // eventually waits for what may not hold yet.
 func eventually(t testing.TB, what string, fn func() error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
-	defer cancel()
-	for {
-		err := fn()
-		if err == nil {
-			return
-		}
-		select {
-		case <-time.After(20 * time.Millisecond):
-		case <-ctx.Done():
-			t.Fatalf("wait until %s: %v", what, err)
-		}
-	}
+	testenv.Eventually(t, 30*time.Second, what, fn)
 }

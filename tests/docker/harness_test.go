@@ -229,21 +229,9 @@ func must(t testing.TB, err error) {
 const patience = 90 * time.Second
 
 // eventually waits until do succeeds.
-func eventually(t testing.TB, what string, do func() error) {
+func eventually(t testing.TB, what string, fn func() error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
-	defer cancel()
-	for {
-		err := do()
-		if err == nil {
-			return
-		}
-		select {
-		case <-ctx.Done():
-			t.Fatalf("%s: %v", what, err)
-		case <-time.After(100 * time.Millisecond):
-		}
-	}
+	testenv.Eventually(t, patience, what, fn)
 }
 
 // together does something on all machines at once.

@@ -261,15 +261,7 @@ func must(t testing.TB, err error) {
 }
 
 // eventually repeats check until it succeeds or the deadline has passed.
-func eventually(t testing.TB, what string, check func() error) {
+func eventually(t testing.TB, what string, fn func() error) {
 	t.Helper()
-	for end := time.Now().Add(deadline); ; time.Sleep(20 * time.Millisecond) {
-		err := check()
-		if err == nil {
-			return
-		}
-		if time.Now().After(end) {
-			t.Fatalf("waiting until %s: %v", what, err)
-		}
-	}
+	testenv.Eventually(t, deadline, what, fn)
 }

@@ -135,6 +135,20 @@ func goBuild(dir string, what ...string) error {
 	return nil
 }
 
+// Eventually repeats fn until it has no error. After the limit it fails the test with the last one.
+func Eventually(t testing.TB, limit time.Duration, what string, fn func() error) {
+	t.Helper()
+	for deadline := time.Now().Add(limit); ; time.Sleep(20 * time.Millisecond) {
+		err := fn()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("waiting until %s: %v", what, err)
+		}
+	}
+}
+
 // Root is the directory of the module, found from the working directory, which for a test is its package's.
 func Root() (string, error) {
 	dir, err := os.Getwd()
