@@ -226,15 +226,12 @@ func (a *Agent) tunnelAddresses(ctx context.Context, want4, want6 bool) (v4, v6 
 	}
 	defer db.Close()
 	err = db.Update(func(tx *node.Tx) error {
-		if v4.IsValid() && !want4 || v6.IsValid() && !want6 {
-			if _, err := ipam.Release(tx, ipam.TunnelKey); err != nil {
-				return err
-			}
-			v4, v6 = netip.Addr{}, netip.Addr{}
+		had := slices.DeleteFunc([]netip.Addr{v4, v6}, func(x netip.Addr) bool { return !x.IsValid() })
+		if _, err := ipam.Release(tx, ipam.TunnelKey); err != nil { // who holds an address is given no other
+			return err
 		}
-		got, err := ipam.Assign(tx, ipam.Config{Cluster: true}, ipam.Request{
-			Key: ipam.TunnelKey, V4: want4 && !v4.IsValid(), V6: want6 && !v6.IsValid(),
-		})
+		v4, v6 = netip.Addr{}, netip.Addr{}
+		got, err := ipam.Assign(tx, ipam.Config{Cluster: true}, ipam.Request{Key: ipam.TunnelKey, Had: had, V4: want4, V6: want6})
 		for _, x := range got {
 			sort(x)
 		}
