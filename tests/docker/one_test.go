@@ -10,6 +10,9 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const create = "docker network create --driver caracal --ipam-driver caracal-ipam "
@@ -313,6 +316,28 @@ func (m *machine) testStorm(t *testing.T) {
 	}
 	m.ping("docker exec s0", "s29", true)
 	m.sh("docker rm -f $(docker ps -aq)")
-	m.remove("net1")
+	m.removeMiscounted("net1")
 	m.clean()
+}
+
+// removeMiscounted removes a network, also if Docker 20.10 takes it for one that has endpoints: when many end at once it now and then
+// miscounts, and mends that when it begins, which is in its log.
+func (m *machine) removeMiscounted(network string) {
+	m.t.Helper()
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(200 * time.Millisecond) {
+		out, err := m.Sh(m.t.Context(), "docker network rm "+network)
+		if err == nil {
+			return
+		}
+		if !strings.Contains(out, "has active endpoints") {
+			m.t.Fatal(err)
+		}
+	}
+	if n := m.sh("docker network inspect -f '{{len .Containers}}' " + network); strings.TrimSpace(n) != "0" {
+		m.t.Fatalf("%s has %s containers", network, n)
+	}
+	must(m.t, m.Signal(m.t.Context(), "dockerd", unix.SIGTERM))
+	m.startDocker()
+	m.sh("grep 'Fixing inconsistent endpoint_cnt for network' /var/log/dockerd.log")
+	m.remove(network)
 }
