@@ -34,8 +34,8 @@ func TestMachine(t *testing.T) {
 	sh("ps -e -o comm= | sort | uniq | tr '\\n' ' '", "bash ps sh sleep sort tr uniq")
 	sh("ip -4 -o addr show dev eth0 | awk '{print $4}'; ls /sys/class/net | tr '\\n' ' '", "192.0.2.1/24\neth0 lo")
 	sh("cat /proc/self/cgroup | grep -c ':/$'", "10")
-	sh("findmnt -n -o FSTYPE /sys/fs/bpf; mkdir -p /etc/cni /opt/cni /var/lib/cni; touch /etc/cni/x /opt/cni/x /var/lib/cni/x /run/x /tmp/x /dev/shm/x; mkdir /sys/fs/bpf/x", "bpf")
-	for _, path := range []string{"/etc/cni/x", "/opt/cni/x", "/var/lib/cni/x", "/run/x", "/tmp/x", "/dev/shm/x", "/sys/fs/bpf/x"} {
+	sh("findmnt -n -o FSTYPE /sys/fs/bpf; mkdir -p /etc/cni /opt/cni /var/lib/cni; touch /etc/cni/caracal-x /opt/cni/caracal-x /var/lib/cni/caracal-x /run/caracal-x /tmp/caracal-x /dev/shm/x; mkdir /sys/fs/bpf/caracal_x", "bpf")
+	for _, path := range []string{"/etc/cni/caracal-x", "/opt/cni/caracal-x", "/var/lib/cni/caracal-x", "/run/caracal-x", "/tmp/caracal-x", "/dev/shm/x", "/sys/fs/bpf/caracal_x"} {
 		if _, err := os.Lstat(path); err == nil {
 			t.Errorf("%s of the machine is on the real one", path)
 		}
@@ -68,8 +68,8 @@ func TestMachine(t *testing.T) {
 	if m, err = m.Reboot(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	sh("ls -d /etc/cni/x /opt/cni/x /var/lib/cni/x /run/x /tmp/x /dev/shm/x /sys/fs/bpf/x 2>/dev/null | tr '\\n' ' '; pgrep -c sleep; ip -4 -o addr show dev eth0 | awk '{print $4}'",
-		"/etc/cni/x /opt/cni/x /var/lib/cni/x 1\n192.0.2.1/24")
+	sh("ls -d /etc/cni/caracal-x /opt/cni/caracal-x /var/lib/cni/caracal-x /run/caracal-x /tmp/caracal-x /dev/shm/x /sys/fs/bpf/caracal_x 2>/dev/null | tr '\\n' ' '; pgrep -c sleep; ip -4 -o addr show dev eth0 | awk '{print $4}'",
+		"/etc/cni/caracal-x /opt/cni/caracal-x /var/lib/cni/caracal-x 1\n192.0.2.1/24")
 	if again, err := os.ReadFile(m.Path("/proc/sys/kernel/random/boot_id")); err != nil || string(again) == string(boot) {
 		t.Errorf("boot id after a reboot %q, %v; before %q", again, err, boot)
 	}
