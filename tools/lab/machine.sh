@@ -4,7 +4,6 @@ if [ "${1:-}" != inside ]; then
 	hierarchies=""
 	for dir in /sys/fs/cgroup/*/; do
 		c=$(basename "$dir")
-		[ "$c" = unified ] && continue
 		mkdir -p "$dir$CGROUP"
 		if [ "$c" = cpuset ]; then
 			for f in cpuset.cpus cpuset.mems; do cat "$dir$f" >"$dir$CGROUP/$f"; done
@@ -44,8 +43,11 @@ mount -t sysfs sysfs /sys
 mount -t tmpfs -o mode=755 tmpfs /sys/fs/cgroup
 for c in $HIERARCHIES; do
 	mkdir "/sys/fs/cgroup/$c"
-	case $c in systemd) o=none,name=systemd ;; *) o=$c ;; esac
-	mount -t cgroup -o "$o" cgroup "/sys/fs/cgroup/$c"
+	case $c in
+	unified) mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified ;;
+	systemd) mount -t cgroup -o none,name=systemd cgroup /sys/fs/cgroup/systemd ;;
+	*) mount -t cgroup -o "$c" cgroup "/sys/fs/cgroup/$c" ;;
+	esac
 done
 mount -t bpf bpf /sys/fs/bpf
 exec 3>"$UP" # on the real machine's /run, which is about to be hidden
