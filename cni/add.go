@@ -425,18 +425,21 @@ func (a *adding) recordOnce(ctx context.Context) (old []node.Endpoint, err error
 			if err != nil {
 				return err
 			}
-			held, err := tx.Held(a.key)
-			if err != nil {
-				return err
-			}
-			if len(held) == 0 && a.record.IPAM == ipam.Docker {
-				return fail(codeAddress, "%s holds no address of this node", a.key)
+			if a.record.IPAM == ipam.Docker { // which has requested them before
+				held, err := tx.Held(a.key)
+				if err != nil {
+					return err
+				}
+				if len(held) == 0 {
+					return fail(codeAddress, "%s holds no address of this node", a.key)
+				}
 			}
 			addrs, err := ipam.Assign(tx, a.pools, ipam.Request{Key: a.key, Want: a.want, Had: a.had, V4: v4, V6: v6})
 			if err != nil {
 				return err
 			}
-			if held, err = tx.Held(a.key); err != nil {
+			held, err := tx.Held(a.key)
+			if err != nil {
 				return err
 			}
 			a.blocks = nil
