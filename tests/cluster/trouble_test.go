@@ -1,8 +1,6 @@
 package cluster
 
 import (
-	"bytes"
-	"encoding/json"
 	"fmt"
 	"net"
 	"os"
@@ -17,27 +15,18 @@ import (
 
 	"github.com/caracal-net/caracal/agent"
 	"github.com/caracal-net/caracal/node"
+	"github.com/caracal-net/caracal/tests/testenv"
 	"github.com/caracal-net/caracal/tools/lab"
 )
 
 // logLine is one of an agent's log in JSON.
 type logLine struct{ Time, Level, Msg, About, Error string }
 
-func agentLog(t *testing.T, h *lab.Host) (lines []logLine) {
+func agentLog(t *testing.T, h *lab.Host) []logLine {
 	t.Helper()
 	text, err := os.ReadFile(h.AgentLog())
 	must(t, err)
-	for s := range bytes.Lines(text) {
-		var l logLine
-		if err := json.Unmarshal(s, &l); err != nil {
-			t.Fatalf("%q: %v", s, err)
-		}
-		if _, err := time.Parse(time.RFC3339, l.Time); err != nil {
-			t.Error(err)
-		}
-		lines = append(lines, l)
-	}
-	return lines
+	return testenv.ReadLog(t, text, func(l logLine) string { return l.Time })
 }
 
 // TestLogStoreAway: an agent whose store is away for long says so once, and once that it is there again. A clean start has no

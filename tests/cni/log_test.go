@@ -11,11 +11,11 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/caracal-net/caracal/internal/netns"
+	"github.com/caracal-net/caracal/tests/testenv"
 )
 
 // line is one of a log in JSON.
@@ -31,7 +31,7 @@ type line struct {
 }
 
 // readLog takes what there is in a log file out of it. Each line must be an object with a time by RFC 3339.
-func readLog(t *testing.T, path string) (lines []line) {
+func readLog(t *testing.T, path string) []line {
 	t.Helper()
 	text, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -39,17 +39,7 @@ func readLog(t *testing.T, path string) (lines []line) {
 	}
 	must(t, err)
 	must(t, os.Truncate(path, 0))
-	for s := range bytes.Lines(text) {
-		var l line
-		if err := json.Unmarshal(s, &l); err != nil {
-			t.Fatalf("%q: %v", s, err)
-		}
-		if _, err := time.Parse(time.RFC3339, l.Time); err != nil {
-			t.Error(err)
-		}
-		lines = append(lines, l)
-	}
-	return lines
+	return testenv.ReadLog(t, text, func(l line) string { return l.Time })
 }
 
 // TestLog: each command has one line, which says what it was about, how long it took and what came of it; steps are for debugging;

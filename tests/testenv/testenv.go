@@ -6,7 +6,9 @@
 package testenv
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -133,6 +135,22 @@ func goBuild(dir string, what ...string) error {
 		}
 	}
 	return nil
+}
+
+// ReadLog reads a log in JSON: each line must be an object with a time by RFC 3339, which at returns.
+func ReadLog[Line any](t testing.TB, text []byte, at func(Line) string) (lines []Line) {
+	t.Helper()
+	for s := range bytes.Lines(text) {
+		var l Line
+		if err := json.Unmarshal(s, &l); err != nil {
+			t.Fatalf("%q: %v", s, err)
+		}
+		if _, err := time.Parse(time.RFC3339, at(l)); err != nil {
+			t.Error(err)
+		}
+		lines = append(lines, l)
+	}
+	return lines
 }
 
 // Eventually repeats fn until it has no error. After the limit it fails the test with the last one.
