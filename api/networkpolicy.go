@@ -80,7 +80,20 @@ func checkTypes(path string, types []string) error {
 	return nil
 }
 
+// maxPortsOfPeers is how many ports all the peers of a rule together may have. Each peer stands for a rule of its own, with all the ports,
+// but for the ipBlocks without exceptions, which are one. Kubernetes takes some thousands of both, of whoever may write policies.
+const maxPortsOfPeers = 100_000
+
 func checkPortsAndPeers(ports []NetworkPolicyPort, key string, peers []NetworkPolicyPeer) error {
+	rules := 0
+	for _, peer := range peers {
+		if peer.IPBlock == nil || len(peer.IPBlock.Except) > 0 {
+			rules++
+		}
+	}
+	if rules*len(ports) > maxPortsOfPeers {
+		return invalid("ports", "%d ports for each of %d peers are more than %d in all; write ranges of ports (endPort), or ipBlocks without except", len(ports), rules, maxPortsOfPeers)
+	}
 	for i := range ports {
 		if err := ports[i].complete(); err != nil {
 			return at(index("ports", i), err)

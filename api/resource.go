@@ -44,7 +44,8 @@ type Kind struct {
 	new        func() Spec
 }
 
-// Kinds are all kinds there are. People write all of them but WorkloadEndpoint, which the agents do.
+// Kinds are all kinds there are. People write all of them but WorkloadEndpoint, which the agents do, and Pod and Service, which
+// are read from Kubernetes alone.
 var Kinds = []Kind{
 	{"IPPool", "ippools", []string{"pool", "pools"}, Group, false, func() Spec { return &IPPool{} }},
 	{"Node", "nodes", nil, Group, false, func() Spec { return &Node{} }},
@@ -61,6 +62,8 @@ var Kinds = []Kind{
 	{"WorkloadEndpoint", "workloadendpoints", []string{"wep", "weps"}, Group, true, func() Spec { return &WorkloadEndpoint{} }},
 	{"Namespace", "namespaces", []string{"ns"}, coreGroup, false, func() Spec { return &Namespace{} }},
 	{"ServiceAccount", "serviceaccounts", []string{"sa"}, coreGroup, true, func() Spec { return &ServiceAccount{} }},
+	{"Pod", "pods", []string{"po"}, coreGroup, true, func() Spec { return &Pod{} }},
+	{"Service", "services", []string{"svc"}, coreGroup, true, func() Spec { return &Service{} }},
 	{"AdminNetworkPolicy", "adminnetworkpolicies", []string{"anp"}, adminGroup, false, func() Spec { return &AdminNetworkPolicy{} }},
 	{"BaselineAdminNetworkPolicy", "baselineadminnetworkpolicies", []string{"banp"}, adminGroup, false, func() Spec { return &BaselineAdminNetworkPolicy{} }},
 	{"ClusterNetworkPolicy", "clusternetworkpolicies", []string{"cnp"}, clusterGroup, false, func() Spec { return &ClusterNetworkPolicy{} }},
@@ -74,6 +77,9 @@ func (k Kind) Word() string {
 	}
 	return k.Plural
 }
+
+// NewSpec is an empty one of what the kind says.
+func (k Kind) NewSpec() Spec { return k.new() }
 
 func (k Kind) group() string {
 	group, _, named := strings.Cut(k.APIVersion, "/")

@@ -26,7 +26,11 @@ func Parse(data []byte) ([]api.Resource, error) {
 	}
 	all := make([]api.Resource, len(items))
 	for i, item := range items {
-		if err := json.Unmarshal(item.JSON, &all[i]); err != nil {
+		err := item.written()
+		if err == nil {
+			err = json.Unmarshal(item.JSON, &all[i])
+		}
+		if err != nil {
 			return nil, fmt.Errorf("document %d, %s: %w", item.doc.number, item.where(err), err)
 		}
 	}
@@ -38,6 +42,17 @@ type Item struct {
 	JSON json.RawMessage // an object
 	doc  document
 	path string // where in the document: "items[2]", "" when it is all of it
+}
+
+// written says what is wrong with an item of a kind that people do not write here.
+func (i Item) written() error {
+	var is struct {
+		Kind string `json:"kind"`
+	}
+	if json.Unmarshal(i.JSON, &is) == nil && (is.Kind == "Pod" || is.Kind == "Service") {
+		return &api.FieldError{Path: "kind", Err: fmt.Errorf("kind %q: %w: it is read from Kubernetes alone; write it there", is.Kind, api.ErrUnsupported)}
+	}
+	return nil
 }
 
 // Items reads what Parse reads, and what calicoctl exports beside: documents may also be parted by lines of "===", and be lists of

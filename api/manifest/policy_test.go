@@ -121,7 +121,7 @@ func TestPolicyErrors(t *testing.T) {
 	}
 	long := strings.Repeat("a", 1<<20)
 	for _, test := range []struct{ text, want string }{
-		{"apiVersion: v1\nkind: Pod\n", `line 2: kind: kind "Pod": not supported; known are IPPool`},
+		{"apiVersion: v1\nkind: Pod\n", `line 2: kind: kind "Pod": not supported: it is read from Kubernetes alone`},
 		{"apiVersion: projectcalico.org/v3\nkind: HostEndpoint\n", `line 2: kind: kind "HostEndpoint": not supported`},
 		{"kind: NetworkPolicy\napiVersion: v1\n", `line 2: apiVersion: "v1": not supported for NetworkPolicy; write networking.k8s.io/v1 or projectcalico.org/v3`},
 		{"apiVersion: policy.networking.k8s.io/v1alpha1\nkind: ClusterNetworkPolicy\n", `write policy.networking.k8s.io/v1alpha2`},
