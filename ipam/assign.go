@@ -43,14 +43,14 @@ func (a *assignment) requested(addr netip.Addr) (choice, error) {
 	}
 	p, ok := within(a.pools, addr)
 	if !ok {
-		return choice{}, fmt.Errorf("%s: %w; the pools are %s", addr, ErrOutsidePool, names(a.pools))
+		return choice{}, fmt.Errorf("%s: %w; the pools are %s", addr, ErrOutsidePool, list(a.pools))
 	}
 	if p.Disabled {
 		return choice{}, fmt.Errorf("%s: %w: pool %s is disabled", addr, ErrPool, p.CIDR)
 	}
 	cidr := netip.PrefixFrom(addr, p.BlockSize).Masked()
 	b, err := a.tx.Block(cidr)
-	if errors.Is(err, node.ErrNotFound) && a.claimed {
+	if b.Closed || errors.Is(err, node.ErrNotFound) && a.claimed {
 		return choice{}, fmt.Errorf("%s: %w; ask for it on the node that has %s (caracalctl ipam show --show-blocks)", addr, ErrNotClaimed, cidr)
 	}
 	if errors.Is(err, node.ErrNotFound) {
@@ -118,7 +118,7 @@ func (a *assignment) find(blocks []node.Block, v6 bool) (choice, error) {
 	enabled := a.enabled(v6)
 	for _, p := range enabled {
 		for _, b := range blocks {
-			if b.Pool != p.CIDR {
+			if b.Pool != p.CIDR || b.Closed {
 				continue
 			}
 			if c, ok, err := a.next(b, waits); ok || err != nil {
@@ -131,7 +131,7 @@ func (a *assignment) find(blocks []node.Block, v6 bool) (choice, error) {
 		if !ok || a.isReserved(f) {
 			continue
 		}
-		if b, ok := claimed[netip.PrefixFrom(f, p.BlockSize).Masked()]; ok {
+		if b, ok := claimed[netip.PrefixFrom(f, p.BlockSize).Masked()]; ok && !b.Closed {
 			return choice{addr: f, block: b, waited: true}, nil
 		}
 	}
@@ -247,7 +247,7 @@ func size(p netip.Prefix) string {
 	return strconv.FormatInt(1<<bits, 10)
 }
 
-func names(pools []api.IPPool) string {
+func list(pools []api.IPPool) string {
 	var all []string
 	for _, p := range pools {
 		all = append(all, p.CIDR.String())

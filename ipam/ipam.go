@@ -37,6 +37,7 @@ type Config struct {
 	Pools        []api.IPPool   // as written; both families; none: DefaultPool
 	Reservations []netip.Prefix // never given out, also not on request
 	Cluster      bool           // true: ErrNoCluster until the agent has recorded the cluster's pools
+	Only         Only           // what somebody asked for
 }
 
 // Request is what an attachment wants.

@@ -15,13 +15,16 @@ type Block struct {
 	Pool netip.Prefix `json:"pool"`
 	Next int          `json:"next"` // addresses from this ordinal on were never given out in turn
 	Used int          `json:"used"` // addresses held now
+
+	Closed bool `json:"closed,omitempty"` // true: no more of them are given out, because the block is another's, or not to be used any more
 }
 
-// MaxBlockBits is how many of its addresses' bits a block may leave open.
+// MaxBlockBits is how many addresses of a block are given out in turn at most, as a power of two: what a cluster gives a node by
+// itself may be an IPv6 /64.
 const MaxBlockBits = 16
 
-// Size is how many addresses the block has.
-func (b Block) Size() int { return 1 << (b.CIDR.Addr().BitLen() - b.CIDR.Bits()) }
+// Size is how many addresses of the block are given out in turn: all, or the first 65536.
+func (b Block) Size() int { return 1 << min(b.CIDR.Addr().BitLen()-b.CIDR.Bits(), MaxBlockBits) }
 
 // At is the block's address of an ordinal, from 0.
 func (b Block) At(ordinal int) netip.Addr {
@@ -55,7 +58,7 @@ func (tx *Tx) Block(cidr netip.Prefix) (Block, error) {
 
 // check makes sure that a record can be counted with.
 func (b Block) check(name string) error {
-	if !b.CIDR.IsValid() || b.CIDR != b.CIDR.Masked() || b.CIDR.String() != name || b.CIDR.Addr().BitLen()-b.CIDR.Bits() > MaxBlockBits ||
+	if !b.CIDR.IsValid() || b.CIDR != b.CIDR.Masked() || b.CIDR.String() != name ||
 		b.Next < 0 || b.Next > b.Size() {
 		return invalid("block %s is recorded as %+v", name, b)
 	}
