@@ -11,15 +11,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Step fails or dies at the step that CARACAL_FAULT names: "veth:error", "veth:kill".
+// Step fails, dies or stops at the step that CARACAL_FAULT names: "veth:error", "veth:kill", "veth:stop", which SIGCONT ends.
 func Step(name string) error {
 	at, how, _ := strings.Cut(os.Getenv("CARACAL_FAULT"), ":")
 	if at != name {
 		return nil
 	}
-	if how == "kill" {
+	switch how {
+	case "kill":
 		unix.Kill(unix.Getpid(), unix.SIGKILL)
 		select {}
+	case "stop":
+		return unix.Kill(unix.Getpid(), unix.SIGSTOP)
 	}
 	return fmt.Errorf("fault injected at %s", name)
 }

@@ -83,16 +83,22 @@ func (c Conn) Detach(ifindex int, d Direction) error {
 
 // Attached returns the kernel's id of our program on one side of an interface, 0 when there is none.
 func (c Conn) Attached(ifindex int, d Direction) (int, error) {
+	id, _, err := c.Named(ifindex, d)
+	return id, err
+}
+
+// Named is Attached with the name that Attach was given.
+func (c Conn) Named(ifindex int, d Direction) (id int, name string, err error) {
 	all, err := c.filters(ifindex, d)
 	if err != nil {
-		return 0, err
+		return 0, "", err
 	}
 	for _, f := range all {
 		if b, ok := f.(*netlink.BpfFilter); ok && b.Handle == handle && b.Priority == priority {
-			return b.Id, nil
+			return b.Id, b.Name, nil
 		}
 	}
-	return 0, nil
+	return 0, "", nil
 }
 
 func (c Conn) filters(ifindex int, d Direction) ([]netlink.Filter, error) {

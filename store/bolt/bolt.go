@@ -19,7 +19,7 @@ import (
 )
 
 const (
-	fileName      = "store.db"
+	FileName      = "store.db" // in its directory
 	schemaVersion = 1
 )
 
@@ -50,7 +50,7 @@ func Open(dir string, opts Options) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("prefix of the store: %w", err)
 	}
-	s := &Store{path: filepath.Join(dir, fileName), space: space, wait: opts.Wait, history: opts.History}
+	s := &Store{path: filepath.Join(dir, FileName), space: space, wait: opts.Wait, history: opts.History}
 	s.open, s.close = context.WithCancel(context.Background())
 	if s.wait == 0 {
 		s.wait = 30 * time.Second

@@ -401,7 +401,7 @@ func TestFullDisk(t *testing.T) {
 	}
 	entries, _ := os.ReadDir(filepath.Join(dir, "sub"))
 	for _, e := range entries {
-		if e.Name() != fileName+".lock" {
+		if e.Name() != FileName+".lock" {
 			t.Errorf("left behind: %s", e.Name())
 		}
 	}
