@@ -311,7 +311,7 @@ func (s *Speaker) neighbor(p Peer) *apipb.Peer {
 			// For how long our routes wait for peers that were there but have not finished telling theirs.
 			DeferralTime: max(1, seconds(restart)/4),
 			// We may have lived before: peers that still have our routes must keep them. Later on they have none from before.
-			LocalRestarting: !s.isSynced(),
+			LocalRestarting: !s.IsSynced(),
 		},
 	}
 	if p.Source.IsValid() {
@@ -347,15 +347,6 @@ func (s *Speaker) families(p Peer) []*apipb.Family {
 		return []*apipb.Family{family4, family6}
 	}
 	return []*apipb.Family{family4}
-}
-
-func (s *Speaker) isSynced() bool {
-	select {
-	case <-s.synced:
-		return true
-	default:
-		return false
-	}
 }
 
 func seconds(d time.Duration) uint32 { return uint32(d / time.Second) }

@@ -224,6 +224,16 @@ func (s *Speaker) run() {
 // time has gone by since Start. Until then routes that a former life of ours left in the kernel may still be good.
 func (s *Speaker) Synced() <-chan struct{} { return s.synced }
 
+// IsSynced says whether Synced is closed.
+func (s *Speaker) IsSynced() bool {
+	select {
+	case <-s.synced:
+		return true
+	default:
+		return false
+	}
+}
+
 func (s *Speaker) setSynced() {
 	select {
 	case <-s.synced:
