@@ -66,3 +66,17 @@ func Stream(t testing.TB, from, to string, addr netip.Addr, bytes int) time.Dura
 	must(<-done)
 	return time.Since(begin)
 }
+
+// Echo sends back what comes on each connection, until the listener is closed.
+func Echo(l net.Listener) {
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return
+		}
+		go func() {
+			defer c.Close()
+			_, _ = io.Copy(c, c) // until the other side closes
+		}()
+	}
+}

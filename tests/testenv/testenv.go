@@ -116,6 +116,19 @@ func Build(t testing.TB, program string) string {
 	return filepath.Join(scratch, filepath.Base(program))
 }
 
+// Scratch makes a directory that lasts until all tests of the package have ended.
+func Scratch(t testing.TB, name string) string {
+	t.Helper()
+	if scratch == "" {
+		t.Fatal(errNoMain)
+	}
+	dir := filepath.Join(scratch, name)
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
 // goBuild builds into a directory, and gives the binaries their second names.
 func goBuild(dir string, what ...string) error {
 	root, err := Root()

@@ -34,6 +34,7 @@ type PodOptions struct {
 	IPs          []netip.Addr      // addresses it wants, by args.cni.ips
 	Labels       map[string]string // by args.cni.labels
 	Namespace    string            // K8S_POD_NAMESPACE; default "default"
+	UID          string            // K8S_POD_UID; default: 32 random hex digits
 	ContainerID  string            // default: 64 random hex digits
 	IfName       string            // default "eth0"
 	Args         [][2]string       // more CNI_ARGS, behind IgnoreUnknown, K8S_POD_NAMESPACE, K8S_POD_NAME and K8S_POD_UID
@@ -77,11 +78,14 @@ func (h *Host) NewPod(ctx context.Context, name string, opts PodOptions) (*Pod, 
 		return nil, err
 	}
 	defer unlock()
-	f := podFile{Name: name, Namespace: opts.Namespace, UID: randomHex(16), ContainerID: opts.ContainerID,
+	f := podFile{Name: name, Namespace: opts.Namespace, UID: opts.UID, ContainerID: opts.ContainerID,
 		Netns: h.file.Netns + "-" + name, IfName: opts.IfName, State: PodNew,
 		IPs: opts.IPs, Labels: opts.Labels, Env: opts.Env, Caps: opts.Capabilities}
 	if f.Namespace == "" {
 		f.Namespace = "default"
+	}
+	if f.UID == "" {
+		f.UID = randomHex(16)
 	}
 	if f.ContainerID == "" {
 		f.ContainerID = randomHex(32)
