@@ -1,7 +1,7 @@
 //go:build ignore
 
 // dataplane.c: the programs, each a list of stages. A stage returns a verdict; VERDICT_NEXT goes on to the next.
-#include "masquerade.h"
+#include "host.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -68,7 +68,7 @@ static __noinline int from_pod_slow(struct __sk_buff *ctx, struct packet *p, int
 	if ((v = route_stage(ctx, p, o.self, &o.peer)))
 		return v;
 	o.ifindex = o.charged = ifindex;
-	o.entered = ENTERED_POD;
+	o.entered = p->to.forward == FORWARD_DEFERRED ? ENTERED_SERVICE : ENTERED_POD;
 	if ((v = p->flags & PKT_ICMP_ERROR ? related(ctx, p, &o) : track(ctx, p, &o)))
 		return v;
 	return forward_stage(ctx, p);
@@ -101,12 +101,28 @@ static __always_inline void readdress(struct __sk_buff *ctx, const struct found_
 	bpf_skb_store_bytes(ctx, 0, mac, 6, 0);
 }
 
+// sent_by finds the pod of this node that sent what comes out of the host's stack: by its source address, or, if the stack may
+// have given it another, by the interface that it came in by. NULL: somebody else did.
+static __noinline struct found_pod *sent_by(struct __sk_buff *ctx, const struct packet *p, struct origin *o)
+{
+	struct found_pod *pod;
+	struct route *r;
+
+	if (ctx->mark & mark_deferred) {
+		pod = find_self(ctx->ingress_ifindex, p->epoch);
+		if (pod && !holds(&pod->slot, source(p)))
+			o->ifindex = LEG_SENDER | ctx->ingress_ifindex;
+		return pod;
+	}
+	r = find_route(source(p));
+	return r && r->kind == ROUTE_LOCAL_POD ? find_self(r->ifindex, p->epoch) : NULL;
+}
+
 static __noinline int to_pod_slow(struct __sk_buff *ctx, struct packet *p)
 {
 	__u32 ifindex = ctx->ifindex;
 	struct found_pod *pod = find_peer(ifindex, p->epoch);
 	struct origin o = {};
-	struct route *r;
 	__u8 to[16] ADDRESS;
 	int v;
 
@@ -123,11 +139,8 @@ static __noinline int to_pod_slow(struct __sk_buff *ctx, struct packet *p)
 	o.peer = pod;
 	o.charged = ifindex;
 	o.entered = ctx->ingress_ifindex ? ENTERED_STACK : ENTERED_HOST;
-	if (ctx->ingress_ifindex) { // another pod of this node, after translation?
-		r = find_route(source(p));
-		if (r && r->kind == ROUTE_LOCAL_POD)
-			o.self = find_self(r->ifindex, p->epoch);
-	}
+	if (ctx->ingress_ifindex)
+		o.self = sent_by(ctx, p, &o);
 	p->to.forward = FORWARD_DELIVER;
 	if ((v = p->flags & PKT_ICMP_ERROR ? related(ctx, p, &o) : track(ctx, p, &o)))
 		return v;
@@ -229,7 +242,7 @@ static __noinline int from_net_slow(struct __sk_buff *ctx, struct packet *p)
 
 		if (leg->epoch && !leg->ifindex_in) // to_pod follows it
 			return STACK_REPLY;
-	} else if (p->to.forward == FORWARD_TO_STACK || (f && f->leg[!p->side].to.forward == FORWARD_TO_STACK)) {
+	} else if (p->to.forward == FORWARD_TO_STACK || (f && into_stack(&f->leg[!p->side]))) {
 		return left;
 	}
 	if ((v = track(ctx, p, &o)))
@@ -261,7 +274,8 @@ static __always_inline int from_net_stages(struct __sk_buff *ctx, struct packet 
 static __always_inline bool as_from_pod(const struct flow_leg *leg, __u32 epoch, __u32 ifindex)
 {
 	return leg->epoch == epoch && leg->ifindex_in == ifindex &&
-	       (leg->to.forward == FORWARD_TO_STACK || leg->to.forward == FORWARD_REPLY);
+	       (leg->to.forward == FORWARD_TO_STACK || leg->to.forward == FORWARD_UNSURE ||
+		leg->to.forward == FORWARD_REPLY);
 }
 
 // leaves masquerades what is to be. What answers a flow that came from outside keeps its pod's address.
@@ -288,19 +302,15 @@ static __always_inline int leaves(struct __sk_buff *ctx, struct packet *p, const
 // know.
 static __noinline int to_net_slow(struct __sk_buff *ctx, struct packet *p)
 {
-	struct route *from = find_route(source(p));
 	struct origin o = {};
+	struct found_pod *pod = sent_by(ctx, p, &o);
 	struct flow *f;
-	struct found_pod *pod;
 	int v;
 
-	if (!from || from->kind != ROUTE_LOCAL_POD)
-		return STACK_OTHER;
-	o.charged = from->ifindex;
-	pod = find_self(o.charged, p->epoch);
 	if (!pod || is_multicast(destination(p)))
 		return STACK_OTHER;
 	o.self = pod;
+	o.charged = pod->ifindex;
 	o.entered = ENTERED_STACK;
 	f = find_flow(&p->key);
 	v = FORWARD_JUDGED;
@@ -310,8 +320,10 @@ static __noinline int to_net_slow(struct __sk_buff *ctx, struct packet *p)
 		if ((v = p->flags & PKT_ICMP_ERROR ? related(ctx, p, &o) : track(ctx, p, &o)))
 			return v;
 		v = FORWARD_FROM_STACK;
+		if (ctx->mark & mark_deferred) // in a tunnel it comes here again, inside what the host sends
+			p->mark = MARK_JUDGED;
 	}
-	return leaves(ctx, p, o.self, v);
+	return o.ifindex ? v : leaves(ctx, p, o.self, v);
 }
 
 // maybe_icmp tells cheaply what a process of the host can't have sent: errors come from its stack.
@@ -379,6 +391,21 @@ int to_net(struct __sk_buff *ctx)
 	struct packet p = { .hook = HOOK_TO_NET };
 
 	return finish(ctx, &p, to_net_stages(ctx, &p));
+}
+
+SEC("sk_lookup")
+int to_host(struct bpf_sk_lookup *ctx)
+{
+	struct packet p = {};
+	int v;
+
+	if (likely(!ctx->ingress_ifindex))
+		return SK_PASS;
+	v = socket_stages(ctx, &p);
+	if (likely(!v))
+		return SK_PASS;
+	deny_socket(&p, ctx->ingress_ifindex, v);
+	return SK_DROP;
 }
 
 // What purge removes. Zero everywhere removes the expired flows only.

@@ -84,11 +84,12 @@ type DataplaneFlow struct {
 type DataplaneFlowEntry uint8
 
 const (
-	DataplaneFlowEntryENTERED_NONE  DataplaneFlowEntry = 0
-	DataplaneFlowEntryENTERED_POD   DataplaneFlowEntry = 1
-	DataplaneFlowEntryENTERED_STACK DataplaneFlowEntry = 2
-	DataplaneFlowEntryENTERED_HOST  DataplaneFlowEntry = 3
-	DataplaneFlowEntryENTERED_NET   DataplaneFlowEntry = 4
+	DataplaneFlowEntryENTERED_NONE    DataplaneFlowEntry = 0
+	DataplaneFlowEntryENTERED_POD     DataplaneFlowEntry = 1
+	DataplaneFlowEntryENTERED_STACK   DataplaneFlowEntry = 2
+	DataplaneFlowEntryENTERED_HOST    DataplaneFlowEntry = 3
+	DataplaneFlowEntryENTERED_NET     DataplaneFlowEntry = 4
+	DataplaneFlowEntryENTERED_SERVICE DataplaneFlowEntry = 5
 )
 
 type DataplaneFlowKey struct {
@@ -136,6 +137,8 @@ const (
 	DataplaneForwardFORWARD_DELIVER   DataplaneForward = 5
 	DataplaneForwardFORWARD_TO_NET    DataplaneForward = 6
 	DataplaneForwardFORWARD_TO_TUNNEL DataplaneForward = 7
+	DataplaneForwardFORWARD_DEFERRED  DataplaneForward = 8
+	DataplaneForwardFORWARD_UNSURE    DataplaneForward = 9
 )
 
 type DataplaneFragment struct {
@@ -267,6 +270,19 @@ const (
 	DataplaneRouteKindROUTE_BLACKHOLE DataplaneRouteKind = 7
 )
 
+type DataplaneService struct {
+	_    structs.HostLayout
+	Name [64]uint8
+}
+
+type DataplaneServiceKey struct {
+	_        structs.HostLayout
+	Address  [16]uint8
+	Port     uint16
+	Protocol uint8
+	Pad      [5]uint8
+}
+
 type DataplaneState struct {
 	_        structs.HostLayout
 	Epoch    uint32
@@ -370,6 +386,7 @@ const (
 	DataplaneMapCaracalQuota   = "caracal_quota"
 	DataplaneMapCaracalRoutes  = "caracal_routes"
 	DataplaneMapCaracalRules   = "caracal_rules"
+	DataplaneMapCaracalService = "caracal_service"
 	DataplaneMapCaracalSlots   = "caracal_slots"
 	DataplaneMapCaracalState   = "caracal_state"
 	DataplaneMapCaracalTold    = "caracal_told"
@@ -381,9 +398,11 @@ const (
 	DataplaneProgPlaceholder   = "placeholder"
 	DataplaneProgPurge         = "purge"
 	DataplaneProgSweep         = "sweep"
+	DataplaneProgToHost        = "to_host"
 	DataplaneProgToNet         = "to_net"
 	DataplaneProgToPod         = "to_pod"
 	DataplaneVarEventRate      = "event_rate"
+	DataplaneVarMarkDeferred   = "mark_deferred"
 	DataplaneVarMarkJudged     = "mark_judged"
 	DataplaneVarTick           = "tick"
 	DataplaneVarTimeoutClosed  = "timeout_closed"
@@ -443,6 +462,7 @@ type DataplaneProgramSpecs struct {
 	Placeholder *ebpf.ProgramSpec `ebpf:"placeholder"`
 	Purge       *ebpf.ProgramSpec `ebpf:"purge"`
 	Sweep       *ebpf.ProgramSpec `ebpf:"sweep"`
+	ToHost      *ebpf.ProgramSpec `ebpf:"to_host"`
 	ToNet       *ebpf.ProgramSpec `ebpf:"to_net"`
 	ToPod       *ebpf.ProgramSpec `ebpf:"to_pod"`
 }
@@ -465,6 +485,7 @@ type DataplaneMapSpecs struct {
 	CaracalQuota   *ebpf.MapSpec `ebpf:"caracal_quota"`
 	CaracalRoutes  *ebpf.MapSpec `ebpf:"caracal_routes"`
 	CaracalRules   *ebpf.MapSpec `ebpf:"caracal_rules"`
+	CaracalService *ebpf.MapSpec `ebpf:"caracal_service"`
 	CaracalSlots   *ebpf.MapSpec `ebpf:"caracal_slots"`
 	CaracalState   *ebpf.MapSpec `ebpf:"caracal_state"`
 	CaracalTold    *ebpf.MapSpec `ebpf:"caracal_told"`
@@ -477,6 +498,7 @@ type DataplaneMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type DataplaneVariableSpecs struct {
 	EventRate      *ebpf.VariableSpec `ebpf:"event_rate"`
+	MarkDeferred   *ebpf.VariableSpec `ebpf:"mark_deferred"`
 	MarkJudged     *ebpf.VariableSpec `ebpf:"mark_judged"`
 	Tick           *ebpf.VariableSpec `ebpf:"tick"`
 	TimeoutClosed  *ebpf.VariableSpec `ebpf:"timeout_closed"`
@@ -522,6 +544,7 @@ type DataplaneMaps struct {
 	CaracalQuota   *ebpf.Map `ebpf:"caracal_quota"`
 	CaracalRoutes  *ebpf.Map `ebpf:"caracal_routes"`
 	CaracalRules   *ebpf.Map `ebpf:"caracal_rules"`
+	CaracalService *ebpf.Map `ebpf:"caracal_service"`
 	CaracalSlots   *ebpf.Map `ebpf:"caracal_slots"`
 	CaracalState   *ebpf.Map `ebpf:"caracal_state"`
 	CaracalTold    *ebpf.Map `ebpf:"caracal_told"`
@@ -545,6 +568,7 @@ func (m *DataplaneMaps) Close() error {
 		m.CaracalQuota,
 		m.CaracalRoutes,
 		m.CaracalRules,
+		m.CaracalService,
 		m.CaracalSlots,
 		m.CaracalState,
 		m.CaracalTold,
@@ -558,6 +582,7 @@ func (m *DataplaneMaps) Close() error {
 // It can be passed to LoadDataplaneObjects or ebpf.CollectionSpec.LoadAndAssign.
 type DataplaneVariables struct {
 	EventRate      *ebpf.Variable `ebpf:"event_rate"`
+	MarkDeferred   *ebpf.Variable `ebpf:"mark_deferred"`
 	MarkJudged     *ebpf.Variable `ebpf:"mark_judged"`
 	Tick           *ebpf.Variable `ebpf:"tick"`
 	TimeoutClosed  *ebpf.Variable `ebpf:"timeout_closed"`
@@ -579,6 +604,7 @@ type DataplanePrograms struct {
 	Placeholder *ebpf.Program `ebpf:"placeholder"`
 	Purge       *ebpf.Program `ebpf:"purge"`
 	Sweep       *ebpf.Program `ebpf:"sweep"`
+	ToHost      *ebpf.Program `ebpf:"to_host"`
 	ToNet       *ebpf.Program `ebpf:"to_net"`
 	ToPod       *ebpf.Program `ebpf:"to_pod"`
 }
@@ -591,6 +617,7 @@ func (p *DataplanePrograms) Close() error {
 		p.Placeholder,
 		p.Purge,
 		p.Sweep,
+		p.ToHost,
 		p.ToNet,
 		p.ToPod,
 	)

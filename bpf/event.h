@@ -2,8 +2,9 @@
 #pragma once
 #include "flow.h"
 
-// tell puts a packet into caracal_events, with what judge() found about it. What the reader is not told is counted.
-__noinline int tell(struct __sk_buff *ctx, const struct packet *p, int kind, int verdict)
+// tell_of puts a packet into caracal_events, with what judge() found about it: seen at an interface, so many bytes long. What the
+// reader is not told is counted.
+__noinline int tell_of(const struct packet *p, __u32 ifindex, __u32 length, __u8 kind, __u8 verdict)
 {
 	struct work *w = work();
 	__u32 zero = 0;
@@ -28,10 +29,10 @@ __noinline int tell(struct __sk_buff *ctx, const struct packet *p, int kind, int
 	__builtin_memcpy(e->destination, destination(p), 16);
 	e->source_port = end_port(&p->key, p->side);
 	e->destination_port = end_port(&p->key, !p->side);
-	e->ifindex = ctx->ifindex;
+	e->ifindex = ifindex;
 	e->rule_egress = w->judged.rule_egress;
 	e->rule_ingress = w->judged.rule_ingress;
-	e->length = ctx->len;
+	e->length = length;
 	e->epoch = p->epoch;
 	e->kind = kind;
 	e->hook = p->hook;
@@ -43,4 +44,10 @@ __noinline int tell(struct __sk_buff *ctx, const struct packet *p, int kind, int
 	if (bpf_ringbuf_output(&caracal_events, e, sizeof(*e), 0))
 		t->lost++;
 	return 0;
+}
+
+// tell tells of the packet that a hook has.
+static __always_inline int tell(struct __sk_buff *ctx, const struct packet *p, __u8 kind, __u8 verdict)
+{
+	return tell_of(p, ctx->ifindex, ctx->len, kind, verdict);
 }

@@ -73,8 +73,9 @@ static __always_inline int finish(struct __sk_buff *ctx, const struct packet *p,
 	case STACK_ARP:
 	case STACK_ANSWER:
 	case STACK_OTHER:
+	case STACK_SERVICE:
 		if (p->mark)
-			ctx->mark |= mark_judged;
+			ctx->mark |= p->mark == MARK_DEFERRED ? mark_deferred : mark_judged;
 		return TC_ACT_UNSPEC;
 	default:
 		dropped(ctx, p, verdict);

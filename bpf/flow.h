@@ -312,6 +312,13 @@ static __always_inline bool current(const struct flow_leg *leg, const struct pac
 	       READ_ONCE(leg->bound) == bound(&p->key, p->side) && at - leg->last_seen < FRESH;
 }
 
+// into_stack tells whether a leg's packets are left to the host's stack, to go where that leads them.
+static __always_inline bool into_stack(const struct flow_leg *leg)
+{
+	return leg->to.forward == FORWARD_TO_STACK || leg->to.forward == FORWARD_UNSURE ||
+	       leg->to.forward == FORWARD_DEFERRED;
+}
+
 // vouched tells whether a packet of the other direction was judged in this epoch, and so the flow: what decides is the same for
 // both. That packet came from where this one goes; one out of the host's stack may be the host's own, which nobody judges.
 static __always_inline bool vouched(const struct packet *p, const struct flow *f)

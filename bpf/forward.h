@@ -88,7 +88,7 @@ static __always_inline int forward_stage(struct __sk_buff *ctx, struct packet *p
 	case FORWARD_TO_POD:
 	case FORWARD_TO_NET:
 	case FORWARD_TO_TUNNEL:
-		p->mark = 1; // for the ways out that follow
+		p->mark = MARK_JUDGED; // for the ways out that follow
 		if (unlikely(p->flags & PKT_NO_PORTS))
 			return STACK_PROTOCOL;
 		if (unlikely(p->flags & PKT_OPTIONS))
@@ -105,8 +105,14 @@ static __always_inline int forward_stage(struct __sk_buff *ctx, struct packet *p
 			return DROP_REWRITE;
 		return encapsulate(ctx, p);
 	case FORWARD_SHAPED:
-		p->mark = 1;
+		p->mark = MARK_JUDGED;
 		return STACK_SHAPED;
+	case FORWARD_DEFERRED:
+		p->mark = MARK_DEFERRED;
+		return STACK_SERVICE;
+	case FORWARD_UNSURE:
+		p->mark = MARK_DEFERRED;
+		return STACK_ROUTED;
 	case FORWARD_REPLY:
 		return STACK_REPLY;
 	case FORWARD_DELIVER:

@@ -158,6 +158,8 @@ enum PACKED forward {
 	FORWARD_DELIVER,   // to_pod, to_net: on to where the stack sends it
 	FORWARD_TO_NET,    // redirect_neigh out of ifindex
 	FORWARD_TO_TUNNEL, // redirect to ifindex, a VXLAN interface
+	FORWARD_DEFERRED,  // the host's stack, which translates its destination: judged when it comes out
+	FORWARD_UNSURE, // the host's stack, which may translate it: judged for what it is, and again when it comes out
 };
 
 // Where a packet goes next. The first eight bytes are read and written as one word.
@@ -170,10 +172,13 @@ struct next_hop {
 	    [16] ADDRESS; // FORWARD_TO_POD: new destination and source MAC; FORWARD_TO_NET, FORWARD_TO_TUNNEL: the next host's address
 };
 
+// In place of ifindex_in: out of the host's stack with another source address, sent by the pod whose interface the other bits are.
+#define LEG_SENDER 0x80000000
+
 // One direction of a flow. It lies on a cache line of its own, because each direction has its CPU.
 struct flow_leg {
 	__u32 epoch;      // in which it was judged, or the other one was; 0: never. Written last.
-	__u32 ifindex_in; // by which its packets come; 0: out of the host's stack
+	__u32 ifindex_in; // by which its packets come; 0: out of the host's stack; or LEG_SENDER
 	struct next_hop to;
 	__u64 packets;   // wire segments; approximate
 	__u64 bytes;     // of frames; approximate
@@ -187,6 +192,7 @@ enum PACKED flow_entry {
 	ENTERED_STACK, // first seen coming out of the host's stack, into which it answers
 	ENTERED_HOST,  // the same, sent by a process of this host: never judged
 	ENTERED_NET,   // first seen by from_net
+	ENTERED_SERVICE, // first seen by from_pod, to an address in caracal_service: behind the translation it is another flow
 };
 
 enum PACKED flow_state {
@@ -413,6 +419,29 @@ struct {
 	__type(key, __u32);
 	__type(value, struct uplink);
 } caracal_uplinks SEC(".maps");
+
+// A port of an address that the host's stack translates to that of somebody else.
+struct service_key {
+	__u8 address[16] ADDRESS; // ::: each of this host's own
+	__be16 port;
+	__u8 protocol; // IANA number
+	__u8 pad[5];
+};
+
+struct service {
+	__u8 name[64]; // namespace/name of the Service, zero-terminated, cut off if longer
+};
+
+// caracal_service: address, port and protocol of a Service -> its name. What pods send there is judged behind the translation. An
+// entry of address, port and protocol 0 says that there are Services which are not here.
+// Writer: agent. Reader: from_pod, caracalctl services.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 131072);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct service_key);
+	__type(value, struct service);
+} caracal_service SEC(".maps");
 
 struct fragment_key {
 	__u8 source[16] ADDRESS;

@@ -47,6 +47,13 @@
 #define PKT_NO_PORTS 32  // a protocol whose ports are not known
 #define PKT_ICMP_REDIRECT 64
 
+// What to_pod and to_net are told of a packet that comes out of the host's stack.
+enum mark {
+	MARK_NONE = 0,
+	MARK_JUDGED,   // both ends were judged
+	MARK_DEFERRED, // nobody was; the stack may have given it another source as well
+};
+
 // A parsed packet. Fields before `to` are set by parse() and stay; later ones say who sets them.
 struct packet {
 	struct flow_key key; // sorted; ports 0 until the fragment stage for later fragments
@@ -62,7 +69,7 @@ struct packet {
 	__u8 icmp_code;
 	__u8 sctp_chunk;
 	__u8 hook;          // enum hook, set by the entry
-	__u8 mark;          // set by forward: tell to_pod that both ends were judged
+	__u8 mark;          // enum mark, set by forward
 	__u32 epoch;        // read once, before any map lookup
 	struct next_hop to; // set by the leg or by the route stage
 };

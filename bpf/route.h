@@ -159,6 +159,28 @@ static __always_inline void to_stack_stage(struct packet *p)
 	p->to.forward = FORWARD_TO_STACK;
 }
 
+// serviced tells what of the host's stack's translating a pod's packet is for: FORWARD_DEFERRED: its destination is a Service's;
+// FORWARD_UNSURE: it may be one's that caracal_service does not have; FORWARD_TO_STACK: it is not. own: it is an address of this host.
+// It is a global function, so that the verifier walks it once.
+__noinline int serviced(const struct packet *p, bool own)
+{
+	struct service_key k = {};
+
+	if (!p || (p->key.protocol != PROTO_TCP && p->key.protocol != PROTO_UDP && p->key.protocol != PROTO_SCTP))
+		return FORWARD_TO_STACK;
+	__builtin_memcpy(k.address, destination(p), 16);
+	k.port = end_port(&p->key, !p->side);
+	k.protocol = p->key.protocol;
+	if (bpf_map_lookup_elem(&caracal_service, &k))
+		return FORWARD_DEFERRED;
+	put_address(k.address, 0, 0);
+	if (own && bpf_map_lookup_elem(&caracal_service, &k))
+		return FORWARD_DEFERRED;
+	k.port = 0;
+	k.protocol = 0;
+	return bpf_map_lookup_elem(&caracal_service, &k) ? FORWARD_UNSURE : FORWARD_TO_STACK;
+}
+
 // route_stage sets p->to from the destination of a pod's packet. *peer becomes the pod that holds it, when it is one of
 // this node's.
 static __always_inline int route_stage(struct __sk_buff *ctx, struct packet *p, const struct found_pod *self,
@@ -167,7 +189,9 @@ static __always_inline int route_stage(struct __sk_buff *ctx, struct packet *p, 
 	struct route *r = find_route(destination(p));
 
 	to_stack_stage(p);
-	if (!r)
+	if (!inside(r))
+		p->to.forward = serviced(p, r && r->kind == ROUTE_HOST);
+	if (!r || p->to.forward == FORWARD_DEFERRED)
 		return VERDICT_NEXT;
 	switch (r->kind) {
 	case ROUTE_LOCAL_POD:

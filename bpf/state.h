@@ -8,6 +8,11 @@
 // to_pod and to_net let them pass. A packet loses its mark when it enters or leaves a pod, so no pod can set it.
 volatile const __u32 mark_judged = 0x00100000;
 
+// Mark of packets that from_pod left to the host's stack unjudged, because it translates their destination, or may do so. They are judged
+// as what comes out of it, and by the interface that they came in by it is known whose they are. Who sent one opened its flow. No pod can
+// set it either.
+volatile const __u32 mark_deferred = 0x00200000;
+
 // How long a tick of the kernel's is, in ns; the loader sets it.
 volatile const __u64 tick = 4000000;
 

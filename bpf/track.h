@@ -46,6 +46,8 @@ static __always_inline int oriented(const struct packet *p, const struct origin 
 // opens judges a packet as one that opens a flow.
 static __always_inline int opens(const struct packet *p, const struct origin *o)
 {
+	if (o->entered == ENTERED_SERVICE) // no policy id
+		return judge(p, &p->key, 0, 0, 0);
 	return oriented(p, o, &p->key, false, opening(p->side, p->icmp_type, p->icmp_code));
 }
 
@@ -70,14 +72,69 @@ static __noinline int again(const struct packet *p, const struct origin *o, stru
 	return VERDICT_NEXT;
 }
 
-// through makes the packets of a flow that was opened through the host's stack go back into it, so that the stack sees
-// both directions and can undo its translation.
-static __always_inline void through(struct packet *p, const struct flow *f)
+// through makes the packets of a flow that was opened through the host's stack, or to what it translates, go into it, so that the
+// stack sees both directions and can undo its translation. by_opener: the flow's opener sent the packet.
+static __always_inline void through(struct packet *p, const struct flow *f, bool by_opener)
 {
-	if ((p->hook == HOOK_FROM_POD || p->hook == HOOK_FROM_NET) && by_stack(f->entered)) {
-		p->to.forward = FORWARD_REPLY;
+	bool service = f->entered == ENTERED_SERVICE;
+
+	if (p->to.forward == FORWARD_DEFERRED)
+		return;
+	if (p->to.forward == FORWARD_UNSURE && !by_opener)
+		p->to.forward = FORWARD_TO_STACK;
+	if (p->hook == HOOK_FROM_POD ? service || by_stack(f->entered)
+				     : p->hook == HOOK_FROM_NET && by_stack(f->entered)) {
+		p->to.forward = service && by_opener ? FORWARD_DEFERRED : FORWARD_REPLY;
 		p->to.ifindex = 0;
 	}
+}
+
+// deferred tells whether a packet is not to be judged as one of flow f: its opener's is judged when the stack has translated it, its
+// answer was before. What comes out of the stack as it went in, nobody having translated it, is judged as what it is.
+static __always_inline bool deferred(const struct packet *p, const struct flow *f, bool by_opener)
+{
+	return p->to.forward == FORWARD_DEFERRED ||
+	       (p->hook != HOOK_FROM_POD && f->entered == ENTERED_SERVICE && !by_opener);
+}
+
+// find_sender finds the pod that opened a flow which the stack gave another source, for who judges an answer.
+static __always_inline void find_sender(const struct packet *p, struct origin *o, const struct flow *f)
+{
+	__u32 in = f->leg[f->opener & 1].ifindex_in;
+
+	if (!o->peer && in & LEG_SENDER)
+		o->peer = find_peer(in & ~LEG_SENDER, p->epoch);
+}
+
+// judge_socket judges what a process of this host answers to a flow that a pod opened to a Service, by the socket, which tells what
+// the host's stack made of the Service's address. A socket without an address of its own does not, but to_host judges each packet
+// that it is looked up for.
+static __noinline int judge_socket(struct __sk_buff *ctx, const struct packet *p, const struct origin *o)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct work *w = work();
+	__u64 hi = 0, lo;
+	bool side;
+
+	if (!sk || !w || !o->peer)
+		return VERDICT_NEXT;
+	sk = bpf_sk_fullsock(sk);
+	if (!sk)
+		return VERDICT_NEXT;
+	if (p->is_v6) {
+		hi = (__u64)sk->src_ip6[1] << 32 | sk->src_ip6[0];
+		lo = (__u64)sk->src_ip6[3] << 32 | sk->src_ip6[2];
+		if (!hi && !lo)
+			return VERDICT_NEXT;
+	} else {
+		lo = v4_low(sk->src_ip4);
+		if (!sk->src_ip4)
+			return VERDICT_NEXT;
+	}
+	*(__u32 *)&w->answer.protocol = *(const __u32 *)&p->key.protocol;
+	side = sorted(&w->answer, cwords(destination(p))[0], cwords(destination(p))[1], hi, lo,
+		      end_port(&p->key, !p->side), bpf_htons(sk->src_port));
+	return judge(p, &w->answer, o->peer->slot.policy_egress, 0, opening(side, 0, 0));
 }
 
 // insert_flow writes a new flow that side `opener` opened, as judge() found it allowed.
@@ -116,7 +173,7 @@ static __noinline void insert_flow(struct __sk_buff *ctx, struct packet *p, cons
 		return; // without room for the entry the next packet opens it again
 	f = bpf_map_lookup_elem(&caracal_opens, &p->key);
 	if (f) {
-		through(p, f);
+		through(p, f, p->side == f->opener);
 		stamp(&f->leg[p->side & 1], p, o->ifindex);
 		account(ctx, &f->leg[p->side & 1], at);
 	}
@@ -129,14 +186,16 @@ static __noinline int open_flow(struct __sk_buff *ctx, struct packet *p, struct 
 	__u8 opener = p->side & 1;
 	int v = judged ? VERDICT_NEXT : opens(p, o);
 
-	if (v && w && p->key.protocol == PROTO_TCP && !(p->tcp_flags & TCP_SYN)) {
+	if (v && w && p->key.protocol == PROTO_TCP && !(p->tcp_flags & TCP_SYN) && !(ctx->mark & mark_deferred)) {
 		w->first = w->judged;
-		// In the middle of a connection it may come from either side.
+		// In the middle of a connection it may come from either side, unless from_pod knew that its opener sent it.
 		opener ^= 1;
 		if (oriented(p, o, &p->key, true, opening(opener, 0, 0)))
 			w->judged = w->first;
 		else
 			v = VERDICT_NEXT;
+		if (p->to.forward == FORWARD_UNSURE)
+			p->to.forward = FORWARD_TO_STACK;
 	}
 	if (v)
 		return v;
@@ -151,7 +210,7 @@ static __noinline int open_flow(struct __sk_buff *ctx, struct packet *p, struct 
 static __noinline int track(struct __sk_buff *ctx, struct packet *p, struct origin *o)
 {
 	struct flow *f = bpf_map_lookup_elem(&caracal_flows, &p->key);
-	bool confirmed = true, judged = false, over;
+	bool confirmed = true, judged = false, over, by_opener;
 	struct flow_leg *leg;
 	__u64 at = now();
 	int v;
@@ -179,11 +238,22 @@ static __noinline int track(struct __sk_buff *ctx, struct packet *p, struct orig
 	if (!f)
 		return open_flow(ctx, p, o, at, judged);
 
-	through(p, f);
+	by_opener = p->side == f->opener;
+	if (by_opener && f->entered == ENTERED_POD &&
+	    (o->entered == ENTERED_SERVICE || (o->entered == ENTERED_STACK && ctx->mark & mark_deferred))) {
+		// A datagram to a Service, of ports that were used without one: its answers have to go back through the stack.
+		f->entered = o->entered;
+		WRITE_ONCE(f->leg[!(p->side & 1)].epoch, 0);
+	}
+	through(p, f, by_opener);
 	leg = &f->leg[p->side & 1];
 	if (!current(leg, p, o->ifindex, at)) {
-		if (o->entered != ENTERED_HOST && f->entered != ENTERED_HOST && !vouched(p, f) &&
-		    (v = again(p, o, f, confirmed)))
+		if (!by_opener)
+			find_sender(p, o, f);
+		if (o->entered != ENTERED_HOST && f->entered != ENTERED_HOST && !deferred(p, f, by_opener) &&
+		    !vouched(p, f) && (v = again(p, o, f, confirmed)))
+			return v;
+		if (o->entered == ENTERED_HOST && f->entered == ENTERED_SERVICE && (v = judge_socket(ctx, p, o)))
 			return v;
 		stamp(leg, p, o->ifindex);
 	}
@@ -261,6 +331,7 @@ __noinline int quote(struct __sk_buff *ctx, const struct packet *p, struct quote
 static __noinline int related(struct __sk_buff *ctx, struct packet *p, struct origin *o)
 {
 	struct quoted q = {};
+	bool by_opener;
 	struct flow *f;
 
 	if (!quote(ctx, p, &q) || !same_address(end_address(&q.key, q.side), destination(p)))
@@ -270,12 +341,15 @@ static __noinline int related(struct __sk_buff *ctx, struct packet *p, struct or
 	f = find_flow(&q.key);
 	if (!f)
 		return DROP_ICMP_ERROR;
-	through(p, f);
+	by_opener = q.side != f->opener;
+	through(p, f, by_opener);
 	// What the quoted packet went through may have to translate the error as well.
-	if (p->hook == HOOK_FROM_NET && f->leg[q.side & 1].to.forward == FORWARD_TO_STACK)
+	if (p->hook == HOOK_FROM_NET && into_stack(&f->leg[q.side & 1]))
 		to_stack_stage(p);
-	if (f->entered == ENTERED_HOST || o->entered == ENTERED_HOST)
+	if (f->entered == ENTERED_HOST || o->entered == ENTERED_HOST || deferred(p, f, by_opener))
 		return VERDICT_NEXT;
+	if (!by_opener)
+		find_sender(p, o, f);
 	// It answers the packet it quotes.
 	return oriented(p, o, &q.key, q.side == f->opener, opening(f->opener, f->icmp_type, f->icmp_code));
 }

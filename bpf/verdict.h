@@ -55,7 +55,9 @@
 	X(FORWARD_TUNNEL, "sent to the host that has its destination's block, encapsulated")                           \
 	X(DROP_TUNNEL, "came encapsulated, but not from the host that has its source, or can't be parsed")             \
 	X(DROP_NAT_PORTS, "can't be masqueraded: every port towards its destination is in use")                        \
-	X(DROP_POLICY_UNKNOWN, "one end's policy id has no rows in caracal_policy, so nothing is allowed")
+	X(DROP_POLICY_UNKNOWN, "one end's policy id has no rows in caracal_policy, so nothing is allowed")             \
+	X(STACK_SERVICE,                                                                                               \
+	  "left to the host's stack, which translates its destination, a Service's: judged when it comes out")
 
 enum verdict {
 #define X(name, sentence) name,
@@ -69,7 +71,8 @@ enum verdict {
 	X(HOOK_FROM_POD, "TC ingress of a pod's host interface: what the pod sends")                                   \
 	X(HOOK_TO_POD, "TC egress of a pod's host interface: what the host's stack sends to the pod")                  \
 	X(HOOK_FROM_NET, "TC ingress of an uplink: what comes from other hosts")                                       \
-	X(HOOK_TO_NET, "TC egress of an uplink: what leaves for other hosts")
+	X(HOOK_TO_NET, "TC egress of an uplink: what leaves for other hosts")                                          \
+	X(HOOK_TO_HOST, "look-up of a socket of this host, for what a pod sends; only drops are counted")
 
 enum hook {
 #define X(name, sentence) name,

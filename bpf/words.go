@@ -61,6 +61,7 @@ var Verdicts = []Word{
 	{"drop_tunnel", "came encapsulated, but not from the host that has its source, or can't be parsed"},
 	{"drop_nat_ports", "can't be masqueraded: every port towards its destination is in use"},
 	{"drop_policy_unknown", "one end's policy id has no rows in caracal_policy, so nothing is allowed"},
+	{"stack_service", "left to the host's stack, which translates its destination, a Service's: judged when it comes out"},
 }
 
 // Hooks are the hooks by number.
@@ -69,4 +70,5 @@ var Hooks = []Word{
 	{"to_pod", "TC egress of a pod's host interface: what the host's stack sends to the pod"},
 	{"from_net", "TC ingress of an uplink: what comes from other hosts"},
 	{"to_net", "TC egress of an uplink: what leaves for other hosts"},
+	{"to_host", "look-up of a socket of this host, for what a pod sends; only drops are counted"},
 }

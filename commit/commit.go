@@ -179,18 +179,10 @@ func RemoveBlock(m *maps.Maps, block netip.Prefix) error {
 	if err != nil {
 		return err
 	}
-	there := false
-	for _, r := range routes {
-		switch r.Kind {
-		case maps.RouteLocalPod:
-			if block.Contains(r.Prefix.Addr()) {
-				return fmt.Errorf("block %s: %w: %s is that of a pod behind interface %d, of which node.db knows nothing; restart it", block, ErrInUse, r.Prefix.Addr(), r.IfIndex)
-			}
-		case maps.RouteBlackhole:
-			there = there || r.Prefix == block.Masked()
-		}
+	if err := unused(routes, block); err != nil {
+		return err
 	}
-	if !there {
+	if !slices.ContainsFunc(routes, func(r maps.Route) bool { return r.Kind == maps.RouteBlackhole && r.Prefix == block.Masked() }) {
 		return nil
 	}
 	if err := m.RemoveRoute(block.Masked()); err != nil {
@@ -198,6 +190,21 @@ func RemoveBlock(m *maps.Maps, block netip.Prefix) error {
 	}
 	_, err = m.RaiseEpoch()
 	return err
+}
+
+// BlockInUse tells whether a pod of this node has an address of a block, by the maps.
+func BlockInUse(m *maps.Maps, block netip.Prefix) (bool, error) {
+	routes, err := m.Routes()
+	return unused(routes, block) != nil, err
+}
+
+func unused(routes []maps.Route, block netip.Prefix) error {
+	for _, r := range routes {
+		if r.Kind == maps.RouteLocalPod && block.Contains(r.Prefix.Addr()) {
+			return fmt.Errorf("block %s: %w: %s is that of a pod behind interface %d, of which node.db knows nothing; restart it", block, ErrInUse, r.Prefix.Addr(), r.IfIndex)
+		}
+	}
+	return nil
 }
 
 // blackholes are the routes of the node's blocks.

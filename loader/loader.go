@@ -358,7 +358,8 @@ func interfaces() ([]int, error) {
 }
 
 // eachFilter calls fn for every clsact filter on these interfaces that is one of the hooks' programs and uses this very
-// pods map: another node's interface may have the same number.
+// pods map: another node's interface may have the same number. Who may not ask the kernel for that, without CAP_SYS_ADMIN, goes by
+// the filter's name.
 func eachFilter(pods *ebpf.Map, interfaces []int, all []hook, fn func(ifindex int, h hook) error) error {
 	info, err := pods.Info()
 	if err != nil {
@@ -367,11 +368,18 @@ func eachFilter(pods *ebpf.Map, interfaces []int, all []hook, fn func(ifindex in
 	own, _ := info.ID()
 	for _, ifindex := range interfaces {
 		for _, h := range all {
-			id, err := tc.Here().Attached(ifindex, h.clsact)
+			id, name, err := tc.Here().Named(ifindex, h.clsact)
 			if err != nil {
 				return err
 			}
-			if id == 0 || !is(ebpf.ProgramID(id), h.program, own) {
+			if id == 0 {
+				continue
+			}
+			ours, err := is(ebpf.ProgramID(id), h.program, own)
+			if errors.Is(err, fs.ErrPermission) {
+				ours = name == h.program
+			}
+			if !ours {
 				continue
 			}
 			if err := fn(ifindex, h); err != nil {
@@ -383,16 +391,16 @@ func eachFilter(pods *ebpf.Map, interfaces []int, all []hook, fn func(ifindex in
 }
 
 // is tells whether a loaded program has this name and uses this map.
-func is(program ebpf.ProgramID, name string, m ebpf.MapID) bool {
+func is(program ebpf.ProgramID, name string, m ebpf.MapID) (bool, error) {
 	p, err := ebpf.NewProgramFromID(program)
 	if err != nil {
-		return false
+		return false, err
 	}
 	defer p.Close()
 	info, err := p.Info()
 	if err != nil {
-		return false
+		return false, err
 	}
 	ids, _ := info.MapIDs()
-	return info.Name == name && slices.Contains(ids, m)
+	return info.Name == name && slices.Contains(ids, m), nil
 }

@@ -264,6 +264,7 @@ func TestReadableMaps(t *testing.T) {
 		bpf.DataplaneMapCaracalNat:     {&bpf.DataplaneFlowKey{}, &bpf.DataplaneNat{}},
 		bpf.DataplaneMapCaracalNatopen: {&bpf.DataplaneFlowKey{}, &bpf.DataplaneNat{}},
 		bpf.DataplaneMapCaracalUplinks: {uint32(1), &bpf.DataplaneUplink{}},
+		bpf.DataplaneMapCaracalService: {&bpf.DataplaneServiceKey{}, &bpf.DataplaneService{}},
 	}
 	want := map[string][]string{
 		bpf.DataplaneMapCaracalPods:    {"slot", "addresses", "policy_egress", "mac"},
@@ -281,6 +282,7 @@ func TestReadableMaps(t *testing.T) {
 		bpf.DataplaneMapCaracalNat:     {"address_a", "port_b", "address", "port", "side"},
 		bpf.DataplaneMapCaracalNatopen: {"address_a", "port_b", "address", "port", "side"},
 		bpf.DataplaneMapCaracalUplinks: {"address_v4", "address_v6"},
+		bpf.DataplaneMapCaracalService: {"address", "port", "protocol", "name"},
 		bpf.DataplaneMapCaracalWork:    {"host", "pod", "inner", "answer", "held", "gone", "taken", "flow"},
 		bpf.DataplaneMapCaracalCounts:  {"packets", "bytes"},
 		bpf.DataplaneMapCaracalState:   {"epoch", "version", "max_flows", "node"},

@@ -19,6 +19,7 @@ import (
 var added = []string{
 	bpf.DataplaneMapCaracalPeers, bpf.DataplaneMapCaracalPolicy, bpf.DataplaneMapCaracalRules,
 	bpf.DataplaneMapCaracalEvents, bpf.DataplaneMapCaracalTold, bpf.DataplaneMapCaracalChurn,
+	bpf.DataplaneMapCaracalService,
 }
 
 // Upgrade replaces the programs of a running node by those in this binary, on its existing maps, so that flows go on:
@@ -134,6 +135,9 @@ func updateAll(dir string, objects *bpf.DataplaneObjects) error {
 				return fmt.Errorf("upgrade %s: %w", name, err)
 			}
 		}
+	}
+	if err := updateLink(hostLink(dir), objects.ToHost); err != nil {
+		return err
 	}
 	all, err := interfaces()
 	if err != nil {

@@ -1,8 +1,11 @@
 package maps
 
 import (
+	"errors"
 	"fmt"
 	"strings"
+
+	"github.com/cilium/ebpf"
 
 	"github.com/caracal-net/caracal/bpf"
 )
@@ -19,7 +22,8 @@ type Count struct {
 // Dropped tells whether the verdict ends a packet that was not the pod's own control traffic.
 func (c Count) Dropped() bool { return strings.HasPrefix(c.Verdict, "drop_") }
 
-// Counts reads caracal_counts, summed over CPUs: every verdict of every hook, in the order of their numbers.
+// Counts reads caracal_counts, summed over CPUs: every verdict of every hook, in the order of their numbers. What the loaded programs
+// have no place for, being of an earlier build, is 0.
 func (m *Maps) Counts() ([]Count, error) {
 	pinned, err := m.pinned(bpf.DataplaneMapCaracalCounts)
 	if err != nil {
@@ -30,7 +34,7 @@ func (m *Maps) Counts() ([]Count, error) {
 	for h, hook := range bpf.Hooks {
 		for v, verdict := range bpf.Verdicts {
 			var perCPU []bpf.DataplaneCount
-			if err := pinned.Lookup(uint32(h*bpf.VerdictSpace+v), &perCPU); err != nil {
+			if err := pinned.Lookup(uint32(h*bpf.VerdictSpace+v), &perCPU); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 				return nil, fmt.Errorf("read count of %s at %s: %w", verdict.Word, hook.Word, err)
 			}
 			c := Count{Hook: hook.Word, Verdict: verdict.Word, Meaning: verdict.Meaning}

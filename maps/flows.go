@@ -22,7 +22,7 @@ type Flow struct {
 	Opener    netip.AddrPort `json:"opener"`
 	Responder netip.AddrPort `json:"responder"`
 	State     string         `json:"state"`   // opening, answered, open, closing, closed
-	Entered   string         `json:"entered"` // pod, stack, host, net
+	Entered   string         `json:"entered"` // pod, stack, host, net, service
 	Confirmed bool           `json:"confirmed"`
 	Age       time.Duration  `json:"age"`      // since it was opened, ns
 	Idle      time.Duration  `json:"idle"`     // since its last packet, ns
@@ -39,8 +39,9 @@ type Flow struct {
 
 // Leg is one direction of a flow.
 type Leg struct {
-	Epoch   uint32 `json:"epoch"`   // in which it was judged; 0: it saw no packet
-	IfIndex uint32 `json:"ifindex"` // by which its packets come; 0: the host's stack
+	Epoch   uint32 `json:"epoch"`            // in which it was judged; 0: it saw no packet
+	IfIndex uint32 `json:"ifindex"`          // by which its packets come; 0: the host's stack
+	Sender  uint32 `json:"sender,omitempty"` // of what the stack gave another source: the interface of the pod that sent it
 	Forward string `json:"forward"`
 	Packets uint64 `json:"packets"`
 	Bytes   uint64 `json:"bytes"`
@@ -49,8 +50,8 @@ type Leg struct {
 var (
 	protocols = map[uint8]string{1: "icmp", 6: "tcp", 17: "udp", 58: "icmpv6", 132: "sctp"}
 	states    = []string{"new", "opening", "answered", "open", "closing", "closed"}
-	entries   = []string{"none", "pod", "stack", "host", "net"}
-	forwards  = []string{"unset", "pod", "stack", "shaped", "reply", "deliver", "net", "tunnel"}
+	entries   = []string{"none", "pod", "stack", "host", "net", "service"}
+	forwards  = []string{"unset", "pod", "stack", "shaped", "reply", "deliver", "net", "tunnel", "deferred", "unsure"}
 )
 
 func word[T ~uint8](words []string, v T) string {
@@ -158,7 +159,12 @@ func decodeFlow(k *bpf.DataplaneFlowKey, v *bpf.DataplaneFlow, at uint64) Flow {
 }
 
 func decodeLeg(l *bpf.DataplaneFlowLeg) Leg {
-	return Leg{Epoch: l.Epoch, IfIndex: l.IfindexIn, Forward: word(forwards, l.To.Forward), Packets: l.Packets, Bytes: l.Bytes}
+	const sender = 1 << 31 // LEG_SENDER
+	out := Leg{Epoch: l.Epoch, IfIndex: l.IfindexIn, Forward: word(forwards, l.To.Forward), Packets: l.Packets, Bytes: l.Bytes}
+	if l.IfindexIn&sender != 0 {
+		out.IfIndex, out.Sender = 0, l.IfindexIn&^sender
+	}
+	return out
 }
 
 func since(at, then uint64) time.Duration {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -73,6 +74,26 @@ func TestQuota(t *testing.T) {
 		if err := m.RemoveQuota(7); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// Loaded programs of an earlier build have no place for what newer ones count.
+func TestCounts(t *testing.T) {
+	m := pinnedMaps(t)
+	path := bpf.MapPath(m.dir, bpf.DataplaneMapCaracalCounts)
+	small, err := ebpf.NewMap(&ebpf.MapSpec{Name: "caracal_counts", Type: ebpf.PerCPUArray, KeySize: 4, ValueSize: 16, MaxEntries: bpf.VerdictSpace})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer small.Close()
+	perCPU := make([]bpf.DataplaneCount, ebpf.MustPossibleCPU())
+	perCPU[0] = bpf.DataplaneCount{Packets: 5, Bytes: 500}
+	if err := errors.Join(small.Put(uint32(1), perCPU), os.Remove(path), small.Pin(path)); err != nil {
+		t.Fatal(err)
+	}
+	counts, err := m.Counts()
+	if err != nil || len(counts) != len(bpf.Hooks)*len(bpf.Verdicts) || counts[1].Packets != 5 || counts[len(counts)-1].Packets != 0 {
+		t.Errorf("%d counts: %v, %v", len(counts), counts, err)
 	}
 }
 
@@ -284,4 +305,46 @@ func FuzzEvent(f *testing.F) {
 			t.Fatal(err)
 		}
 	})
+}
+
+func TestServices(t *testing.T) {
+	m := pinnedMaps(t)
+	vip, host := netip.MustParseAddr("10.96.0.10"), netip.MustParseAddr("fd00::1")
+	all := []Service{
+		{Protocol: "tcp", Port: 30080, Name: "default/web"}, {Address: vip, Protocol: "udp", Port: 53, Name: "kube-system/dns"},
+		{Address: host, Protocol: "sctp", Port: 80, Name: strings.Repeat("x", MaxServiceName)},
+	}
+	put := slices.Clone(all)
+	put[2].Name += "y"
+	if err := m.PutServices(put); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := m.Services(); err != nil || !slices.Equal(got, all) {
+		t.Errorf("%+v, want %+v (%v)", got, all, err)
+	}
+	for _, test := range []struct {
+		to       netip.AddrPort
+		protocol string
+		own      bool
+		want     string
+	}{
+		{netip.AddrPortFrom(vip, 53), "udp", false, "kube-system/dns"}, {netip.AddrPortFrom(vip, 53), "tcp", true, ""},
+		{netip.AddrPortFrom(host, 30080), "tcp", true, "default/web"}, {netip.AddrPortFrom(host, 30080), "tcp", false, ""},
+	} {
+		got, err := m.FindService(test.to, test.protocol, test.own)
+		if got.Name != test.want || (test.want == "") != errors.Is(err, ErrNotFound) {
+			t.Errorf("%s/%s: %+v, want %q (%v)", test.to, test.protocol, got, test.want, err)
+		}
+	}
+	for range 2 {
+		if err := m.RemoveServices(all); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got, err := m.Services(); err != nil || len(got) != 0 {
+		t.Errorf("%+v after removal (%v)", got, err)
+	}
+	if err := m.PutServices([]Service{{Protocol: "none", Port: 1}}); err == nil {
+		t.Error("took a protocol that there is not")
+	}
 }

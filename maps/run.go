@@ -15,11 +15,15 @@ import (
 // ErrNoInterface says that a packet is to come by an interface that is not there.
 var ErrNoInterface = errors.New("no such interface")
 
+const markDeferred = 0x00200000 // mark_deferred in state.h
+
 // Arrival says how a packet meets a program.
 type Arrival struct {
 	Hook    string // from_pod, to_pod, from_net, to_net
 	IfIndex uint32 // that the hook is on
 	From    uint32 // by which interface the host's stack had got it; 0: by none, a process of the host sent it
+
+	Deferred bool // the pod behind From sent it to a Service, and nobody has judged it
 }
 
 // Runner runs a node's programs on packets that no interface sees: where the programs send a packet on, nothing is sent. But
@@ -78,9 +82,12 @@ func (r *Runner) Close() error {
 
 // Run shows a frame to a program. What it says of the frame is nil if it lets it pass, else the drop. ErrNoInterface.
 func (r *Runner) Run(a Arrival, frame []byte) (*Event, error) {
-	const shot = 2          // TC_ACT_SHOT
-	var ctx [192]byte       // struct __sk_buff
-	const iif, dev = 36, 40 // ingress_ifindex, ifindex
+	const shot = 2                   // TC_ACT_SHOT
+	var ctx [192]byte                // struct __sk_buff
+	const mark, iif, dev = 8, 36, 40 // mark, ingress_ifindex, ifindex
+	if a.Deferred {
+		binary.NativeEndian.PutUint32(ctx[mark:], markDeferred)
+	}
 	binary.NativeEndian.PutUint32(ctx[iif:], a.From)
 	binary.NativeEndian.PutUint32(ctx[dev:], a.IfIndex)
 	action, err := r.programs[a.Hook].Run(&ebpf.RunOptions{Data: frame, Context: ctx[:]})

@@ -18,14 +18,15 @@ const snapshotTries = 20
 // Snapshot is what the programs decide by, as it was in one epoch, and the flows that there were. Counters, events and quotas
 // are no part of it.
 type Snapshot struct {
-	state   bpf.DataplaneState
-	pods    contents[uint32, bpf.DataplanePod]
-	routes  contents[bpf.DataplanePrefix, bpf.DataplaneRoute]
-	peers   contents[bpf.DataplanePrefix, bpf.DataplanePeer]
-	policy  contents[bpf.DataplanePolicyKey, bpf.DataplanePolicyRow]
-	uplinks contents[uint32, bpf.DataplaneUplink]
-	nat     contents[bpf.DataplaneFlowKey, bpf.DataplaneNat]
-	flows   contents[bpf.DataplaneFlowKey, bpf.DataplaneFlow]
+	state    bpf.DataplaneState
+	pods     contents[uint32, bpf.DataplanePod]
+	routes   contents[bpf.DataplanePrefix, bpf.DataplaneRoute]
+	peers    contents[bpf.DataplanePrefix, bpf.DataplanePeer]
+	policy   contents[bpf.DataplanePolicyKey, bpf.DataplanePolicyRow]
+	uplinks  contents[uint32, bpf.DataplaneUplink]
+	services contents[bpf.DataplaneServiceKey, bpf.DataplaneService]
+	nat      contents[bpf.DataplaneFlowKey, bpf.DataplaneNat]
+	flows    contents[bpf.DataplaneFlowKey, bpf.DataplaneFlow]
 }
 
 // contents are some of a map.
@@ -95,6 +96,9 @@ func (m *Maps) Snapshot() (*Snapshot, error) {
 
 // readRest reads what has no epoch.
 func (s *Snapshot) readRest(m *Maps) error {
+	if err := s.services.read(m, bpf.DataplaneMapCaracalService, nil); err != nil && !errors.Is(err, ErrNotLoaded) {
+		return err // programs of an earlier build have none
+	}
 	for _, nat := range []string{bpf.DataplaneMapCaracalNatopen, bpf.DataplaneMapCaracalNat} {
 		if err := s.nat.read(m, nat, nil); err != nil {
 			return err
@@ -140,6 +144,7 @@ func (m *Maps) Restore(s *Snapshot) error {
 		s.peers.write(m, bpf.DataplaneMapCaracalPeers),
 		s.policy.write(m, bpf.DataplaneMapCaracalPolicy),
 		s.uplinks.write(m, bpf.DataplaneMapCaracalUplinks),
+		s.services.write(m, bpf.DataplaneMapCaracalService),
 		s.nat.write(m, bpf.DataplaneMapCaracalNat),
 		s.flows.write(m, bpf.DataplaneMapCaracalFlows),
 	} {

@@ -1,6 +1,7 @@
 package dataplane
 
 import (
+	"errors"
 	"fmt"
 	"path/filepath"
 	"testing"
@@ -115,6 +116,40 @@ func TestUpgradeUnderTraffic(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Who has the agent's capabilities alone, as in the pod of a DaemonSet, upgrades all there is.
+func TestUpgradeByTheAgent(t *testing.T) {
+	for name, mode := range map[string]loader.Mode{"clsact": loader.Quick, "tcx": loader.TCX} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t, loader.Config{})
+			p := n.addPod("a", 1, mode)
+			n.do(func() error {
+				return without(unix.CAP_SYS_ADMIN, func() error {
+					return loader.Upgrade(loader.Config{Dir: n.dir, Timeouts: loader.Timeouts{UDP: time.Minute}})
+				})
+			})
+			n.do(func() error {
+				_, err := loader.Attached(n.dir, p.hostIf, p.commit.IfIndex)
+				return err
+			})
+		})
+	}
+}
+
+// without runs fn on a thread that lacks a capability meanwhile. The thread must be the caller's own.
+func without(capability uint, fn func() error) error {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var had [2]unix.CapUserData
+	if err := unix.Capget(&header, &had[0]); err != nil {
+		return fmt.Errorf("read capabilities: %w", err)
+	}
+	less := had
+	less[capability/32].Effective &^= 1 << (capability % 32)
+	if err := unix.Capset(&header, &less[0]); err != nil {
+		return fmt.Errorf("drop capability %d: %w", capability, err)
+	}
+	return errors.Join(fn(), unix.Capset(&header, &had[0]))
 }
 
 // Two nodes on one kernel know nothing of each other: the same addresses, the same interface numbers.

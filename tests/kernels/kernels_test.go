@@ -26,8 +26,9 @@ func TestMain(m *testing.M) { os.Exit(testenv.Main(m)) }
 // calls of the plugin. The machine is emulated, so these are few.
 var inside = []struct{ pkg, run string }{
 	{"loader", "^(TestProbe|TestAttach|TestAttachNet|TestAttachNetWithoutTCX|TestWithoutTCX|TestPrivateDir)$"},
-	{"tests/dataplane", "^(TestPackets|TestNetPackets)$"},
+	{"tests/dataplane", "^(TestPackets|TestNetPackets|TestServicePackets)$"},
 	{"tests/dataplane", "^(TestPolicyRows|TestEvents)$/^v6$"},
+	{"tests/dataplane", "^TestServices$/^nft$/^v6=false$/^judged$"},
 	{"tests/dataplane", "^TestWhatIf$/^v4$/^no_HTTP"},
 	{"tests/cni", "^TestTTL$"},
 	{"tests/ctl", "^TestScripts$/^pods$"},
@@ -117,7 +118,7 @@ func boot(t *testing.T, qemu, kernel, shared, script string) {
 	disk := initramfs(t, busybox, kernel)
 	for attempt := 1; ; attempt++ {
 		// Emulated, though slow: /dev/kvm is not on every machine, and not every one that is there runs a guest.
-		ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
+		ctx, cancel := context.WithTimeout(t.Context(), 12*time.Minute)
 		cmd := exec.CommandContext(ctx, qemu, "-machine", "q35,accel=tcg", "-cpu", "max", "-smp", "2", "-m", "2G", "-nographic",
 			"-no-reboot", "-nic", "none", "-kernel", image[0], "-initrd", disk,
 			"-append", "console=ttyS0 quiet panic=-1",
