@@ -45,9 +45,10 @@ func namespace(e node.Endpoint) string {
 	return api.DefaultNamespace
 }
 
-// Endpoint is the WorkloadEndpoint of a node's attachment: what the node recorded of it, and what people have added in the
-// store: labels, profiles (of a pod that brings none), names of ports, a service account. published is nil where the store has none.
-func Endpoint(nodeName string, e node.Endpoint, published *api.Resource) api.Resource {
+// Endpoint is the WorkloadEndpoint of a node's attachment: what the node recorded of it, and what the store says of it besides. That
+// is a Pod, which has the labels; or its WorkloadEndpoint, to which people have added labels, profiles (of a pod that brings
+// none), names of ports, a service account. said is nil where the store has neither.
+func Endpoint(nodeName string, e node.Endpoint, said *api.Resource) api.Resource {
 	r := api.Resource{Kind: endpointKind, Metadata: api.Metadata{
 		Name: EndpointName(nodeName, e.Key), Namespace: namespace(e), Labels: make(map[string]string),
 	}}
@@ -65,22 +66,26 @@ func Endpoint(nodeName string, e node.Endpoint, published *api.Resource) api.Res
 		r.Metadata.Created = e.Created.UTC().Format(time.RFC3339)
 	}
 	var own []string
+	pod, ofKubernetes := podSpec(said)
 	for key, value := range e.Labels {
-		if selector.ValidKey(key) {
+		if selector.ValidKey(key) && !ofKubernetes {
 			r.Metadata.Labels[key] = value
 			own = append(own, key)
 		}
 	}
 	slices.Sort(own)
-	if have, ok := specOf(published); ok {
-		given := strings.Split(published.Metadata.Annotations[labelsAnnotation], ",")
-		for key, value := range published.Metadata.Labels {
+	if ofKubernetes {
+		r.Metadata.Labels, spec.ServiceAccount, spec.Ports = said.Metadata.Labels, pod.ServiceAccount, pod.Ports
+	}
+	if have, ok := specOf(said); ok {
+		given := strings.Split(said.Metadata.Annotations[labelsAnnotation], ",")
+		for key, value := range said.Metadata.Labels {
 			if _, ours := r.Metadata.Labels[key]; !ours && !slices.Contains(given, key) {
 				r.Metadata.Labels[key] = value
 			}
 		}
 		r.Metadata.Annotations = make(map[string]string)
-		for key, value := range published.Metadata.Annotations {
+		for key, value := range said.Metadata.Annotations {
 			r.Metadata.Annotations[key] = value
 		}
 		delete(r.Metadata.Annotations, labelsAnnotation)
@@ -95,11 +100,18 @@ func Endpoint(nodeName string, e node.Endpoint, published *api.Resource) api.Res
 		}
 		r.Metadata.Annotations[labelsAnnotation] = strings.Join(own, ",")
 	}
-	for _, a := range e.Addrs {
-		spec.IPNetworks = append(spec.IPNetworks, api.Net{Prefix: netip.PrefixFrom(a, a.BitLen())})
-	}
+	spec.IPNetworks = singles(e.Addrs)
 	r.Spec = spec
 	return r
+}
+
+// singles are addresses as networks.
+func singles(addrs []netip.Addr) []api.Net {
+	var nets []api.Net
+	for _, a := range addrs {
+		nets = append(nets, api.Net{Prefix: netip.PrefixFrom(a, a.BitLen())})
+	}
+	return nets
 }
 
 // labelsAnnotation is on a WorkloadEndpoint: the names of the labels that the pod brought itself, between commas. One that it
@@ -119,5 +131,13 @@ func specOf(r *api.Resource) (*api.WorkloadEndpoint, bool) {
 		return nil, false
 	}
 	spec, ok := r.Spec.(*api.WorkloadEndpoint)
+	return spec, ok
+}
+
+func podSpec(r *api.Resource) (*api.Pod, bool) {
+	if r == nil {
+		return nil, false
+	}
+	spec, ok := r.Spec.(*api.Pod)
 	return spec, ok
 }

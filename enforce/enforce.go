@@ -41,8 +41,11 @@ var errMiscompiled = errors.New("this is a mistake of Caracal's, please report i
 type Config struct {
 	Dir  string // the node's state directory
 	Maps *maps.Maps
-	Node string       // the node's name in the store; "": as policy.db has it
-	Log  *slog.Logger // nil: nowhere
+	Node string // the node's name in the store; "": as policy.db has it
+	// Kubernetes says that it has the Pods that this node's pods are of: these have no policy before that is heard of. It is so
+	// anyhow once one was, also as policy.db has it.
+	Kubernetes bool
+	Log        *slog.Logger // nil: nowhere
 }
 
 // Policy is a node's policy. It is safe for concurrent use.
@@ -158,7 +161,7 @@ func (p *Policy) load(ctx context.Context) error {
 
 // compile begins anew with these resources.
 func (p *Policy) compile(resources []api.Resource, numbers policy.Numbers) error {
-	p.model = newModel(p.Node, numbers)
+	p.model = newModel(p.Node, p.Kubernetes, numbers)
 	var all []change
 	for _, r := range resources {
 		all = append(all, change{key: r.Key(), now: thing{resource: &r}})
@@ -739,6 +742,19 @@ func (p *Policy) Trouble() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return errors.Join(p.troubles()...)
+}
+
+// Refused says of each resource that can't be put in force as people want it why, by its key.
+func (p *Policy) Refused() map[string]error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	errs := make(map[string]error)
+	for key, r := range p.refused {
+		if !strings.HasPrefix(key, localPrefix) {
+			errs[key] = r.err
+		}
+	}
+	return errs
 }
 
 func (p *Policy) troubles() []error {

@@ -10,6 +10,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/caracal-net/caracal/api"
 	"github.com/caracal-net/caracal/node"
@@ -20,7 +21,7 @@ import (
 func Concerns(k api.Kind) bool {
 	switch k.Name {
 	case "NetworkPolicy", "GlobalNetworkPolicy", "AdminNetworkPolicy", "BaselineAdminNetworkPolicy", "ClusterNetworkPolicy",
-		"Tier", "Profile", "NetworkSet", "GlobalNetworkSet", "WorkloadEndpoint", "Namespace", "ServiceAccount":
+		"Tier", "Profile", "NetworkSet", "GlobalNetworkSet", "WorkloadEndpoint", "Pod", "Namespace", "ServiceAccount":
 		return true
 	}
 	return false
@@ -51,11 +52,16 @@ type model struct {
 	profiles map[string]bool          // by name
 	order    bool                     // tiers or placed are not what the compiler has
 
-	published map[string]*api.Resource // WorkloadEndpoints by id
-	local     map[string]*node.Endpoint
-	endpoints map[string]*endpoint
-	holders   map[netip.Addr][]string // who say that they have an address, by id
-	contested map[netip.Addr]bool
+	kubernetes bool                      // it has the Pods that this node's are of
+	published  map[string]*api.Resource  // WorkloadEndpoints by id
+	pods       map[string]*api.Resource  // Pods by full name
+	ofPod      map[string][]string       // ids of this node's pods, by the full names of their Pods
+	left       map[string]*api.Resource  // Pods that Kubernetes has no more, by the ids of this node's that are here still
+	local      map[string]*node.Endpoint // this node's, by id
+	endpoints  map[string]*endpoint
+	within     map[string]map[string]struct{} // endpoints' ids, and keys of sets, by namespace
+	holders    map[netip.Addr][]string        // who say that they have an address, by id
+	contested  map[netip.Addr]time.Time       // since when several do
 }
 
 // endpoint is one as it was converted.
@@ -64,11 +70,12 @@ type endpoint struct {
 	created string // RFC 3339
 }
 
-func newModel(nodeName string, numbers policy.Numbers) *model {
+func newModel(nodeName string, kubernetes bool, numbers policy.Numbers) *model {
 	m := &model{
-		node: nodeName, inForce: make(map[string]thing), context: policy.NewContext(), tiers: make(map[string]api.Tier),
-		placed: make(map[string]policy.Placed), profiles: make(map[string]bool), published: make(map[string]*api.Resource), local: make(map[string]*node.Endpoint),
-		endpoints: make(map[string]*endpoint), holders: make(map[netip.Addr][]string), contested: make(map[netip.Addr]bool),
+		node: nodeName, kubernetes: kubernetes, inForce: make(map[string]thing), context: policy.NewContext(), tiers: make(map[string]api.Tier),
+		placed: make(map[string]policy.Placed), profiles: make(map[string]bool), published: make(map[string]*api.Resource),
+		pods: make(map[string]*api.Resource), ofPod: make(map[string][]string), left: make(map[string]*api.Resource), local: make(map[string]*node.Endpoint),
+		endpoints: make(map[string]*endpoint), within: make(map[string]map[string]struct{}), holders: make(map[netip.Addr][]string), contested: make(map[netip.Addr]time.Time),
 	}
 	m.compiler = policy.NewCompiler(policy.Options{Local: func(id string) bool { return m.local[id] != nil }, Numbers: numbers})
 	return m
@@ -82,11 +89,7 @@ func (m *model) set(key string, now thing) error {
 	}
 	var err error
 	if id, is := strings.CutPrefix(key, localPrefix); is {
-		m.local[id] = now.pod
-		if now.pod == nil {
-			delete(m.local, id)
-		}
-		err = m.place(id)
+		err = m.setLocal(id, now.pod)
 	} else {
 		err = m.setResource(key, was.resource, now.resource)
 	}
@@ -114,6 +117,8 @@ func (m *model) setResource(key string, was, now *api.Resource) error {
 			delete(m.published, id)
 		}
 		return m.place(id)
+	case *api.Pod:
+		return m.setPod(was, now)
 	case *api.Namespace, *api.ServiceAccount:
 		gives := api.Resource{Kind: r.Kind, Metadata: api.Metadata{Name: name, Namespace: r.Metadata.Namespace}, Spec: r.Spec}
 		if now != nil {
@@ -140,13 +145,20 @@ func (m *model) setResource(key string, was, now *api.Resource) error {
 			m.context.Add(*now)
 			m.profiles[name] = true
 		}
-		return m.again("", func(e *policy.Endpoint) bool { return slices.Contains(e.Profiles, name) })
+		var errs []error
+		for id, e := range m.endpoints {
+			if slices.Contains(e.Profiles, name) {
+				errs = append(errs, m.place(id))
+			}
+		}
+		return errors.Join(errs...)
 	case *api.NetworkSet:
 		if now == nil {
 			m.compiler.DeleteSet(r.String())
-			return nil
+		} else if err := m.putSet(*now); err != nil {
+			return err
 		}
-		return m.putSet(*now)
+		m.note(r.Metadata.Namespace, key, now != nil)
 	case *api.Tier:
 		delete(m.tiers, name)
 		if now != nil {
@@ -178,48 +190,69 @@ func (m *model) putSet(r api.Resource) error {
 	return m.compiler.PutSet(s)
 }
 
-// again converts the endpoints of a namespace that concerned tells, and the namespace's sets; "": of all namespaces.
+// note keeps which endpoints and sets a namespace has: ids of the former, keys of the latter.
+func (m *model) note(namespace, name string, there bool) {
+	if there {
+		if m.within[namespace] == nil {
+			m.within[namespace] = make(map[string]struct{})
+		}
+		m.within[namespace][name] = struct{}{}
+		return
+	}
+	if delete(m.within[namespace], name); len(m.within[namespace]) == 0 {
+		delete(m.within, namespace)
+	}
+}
+
+// again converts the endpoints of a namespace that concerned tells, and the namespace's sets.
 func (m *model) again(namespace string, concerned func(*policy.Endpoint) bool) error {
 	var errs []error
-	for id, e := range m.endpoints {
-		if (namespace == "" || strings.HasPrefix(id, namespace+"/")) && concerned(e.Endpoint) {
-			errs = append(errs, m.place(id))
+	for _, name := range slices.Collect(maps.Keys(m.within[namespace])) {
+		if e := m.endpoints[name]; e != nil && concerned(e.Endpoint) {
+			errs = append(errs, m.place(name))
 		}
-	}
-	for _, t := range m.inForce {
-		if r := t.resource; r != nil && namespace != "" && r.Metadata.Namespace == namespace {
-			if _, is := r.Spec.(*api.NetworkSet); is {
-				errs = append(errs, m.putSet(*r))
-			}
+		if r := m.inForce[name].resource; r != nil {
+			errs = append(errs, m.putSet(*r))
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// place converts an endpoint: a pod of this node, as node.db has it; or one of another, as the store has it.
+// place converts an endpoint.
 func (m *model) place(id string) error {
-	r, pod := m.published[id], m.local[id]
-	spec, is := specOf(r)
-	own := is && spec.Node == m.node
-	switch {
-	case pod != nil && own:
-		merged := Endpoint(m.node, *pod, r)
-		r = &merged
-	case pod != nil:
-		merged := Endpoint(m.node, *pod, nil)
-		r = &merged
-	case own: // its pod is gone
-		r = nil
+	r, is := m.resource(id)
+	if !is {
+		return m.hold(id, nil)
 	}
-	var now *endpoint
-	if r != nil {
-		e, err := policy.FromEndpoint(*r, m.context)
-		if err != nil {
-			return err
+	e, err := policy.FromEndpoint(r, m.context)
+	if err != nil {
+		return err
+	}
+	return m.hold(id, &endpoint{e, r.Metadata.Created})
+}
+
+// resource is what an endpoint is: a pod of this node as node.db has it, with what the store says of it; one of another as the store
+// has it. false: there is none, or nothing can be said of it yet.
+func (m *model) resource(id string) (api.Resource, bool) {
+	if pod := m.local[id]; pod != nil {
+		if m.awaits(*pod) {
+			return api.Resource{}, false
 		}
-		now = &endpoint{e, r.Metadata.Created}
+		said := m.podOf(id, *pod)
+		if r := m.published[id]; said == nil && nodeOf(r) == m.node {
+			said = r
+		}
+		return Endpoint(m.node, *pod, said), true
 	}
-	return m.hold(id, now)
+	if r := m.published[id]; r != nil && nodeOf(r) != m.node { // else its pod is gone
+		return *r, true
+	}
+	if full, is := cutPodID(id); is {
+		if r := m.pods[full]; r != nil && nodeOf(r) != m.node {
+			return PodEndpoint(*r)
+		}
+	}
+	return api.Resource{}, false
 }
 
 // hold makes an endpoint another one, and gives each address to one of those who say that they have it.
@@ -233,7 +266,9 @@ func (m *model) hold(id string, now *endpoint) error {
 				all = append(all, id)
 			}
 			m.holders[a] = all
-			m.contested[a] = true
+			if m.contested[a].IsZero() {
+				m.contested[a] = time.Now()
+			}
 			if len(all) < 2 {
 				delete(m.contested, a)
 			}
@@ -251,6 +286,8 @@ func (m *model) hold(id string, now *endpoint) error {
 	} else {
 		touch(now, true)
 	}
+	namespace, _, _ := strings.Cut(id, "/")
+	m.note(namespace, id, now != nil)
 	slices.Sort(affected)
 	var errs []error
 	for _, id := range slices.Compact(affected) {
@@ -270,34 +307,62 @@ func (m *model) hold(id string, now *endpoint) error {
 	return errors.Join(errs...)
 }
 
-// holder is who has an address: a pod of this node; else the youngest, since the older one may be gone by now.
+// holder is who has an address: a pod of this node; else one of whom a kubelet says so, which not everybody who makes pods can; else
+// the youngest, since the older one may be gone by now.
 func (m *model) holder(a netip.Addr) string {
 	all := m.holders[a]
 	if len(all) == 1 {
 		return all[0]
 	}
 	return slices.MaxFunc(all, func(x, y string) int {
-		if lx, ly := m.local[x] != nil, m.local[y] != nil; lx != ly {
-			if lx {
-				return 1
-			}
-			return -1
-		}
-		return cmp.Or(cmp.Compare(m.endpoints[x].created, m.endpoints[y].created), strings.Compare(x, y))
+		return cmp.Or(first(m.local[x] != nil, m.local[y] != nil), first(!announced(x, m.pods), !announced(y, m.pods)),
+			cmp.Compare(m.endpoints[x].created, m.endpoints[y].created), strings.Compare(x, y))
 	})
 }
+
+// first compares two of which one has what the other has not.
+func first(x, y bool) int {
+	switch {
+	case x && !y:
+		return 1
+	case y && !x:
+		return -1
+	}
+	return 0
+}
+
+// announced tells whether an endpoint is a Pod of another node whose addresses an annotation says, and no kubelet yet.
+func announced(id string, pods map[string]*api.Resource) bool {
+	full, is := cutPodID(id)
+	pod, _ := podSpec(pods[full])
+	return is && pod != nil && pod.Announced
+}
+
+// contestedFor is how long Kubernetes may say that a Pod has an address after it has become another one's: until its kubelet has
+// told that it is gone.
+const contestedFor = time.Minute
 
 // conflicts names addresses that several endpoints have.
 func (m *model) conflicts() []error {
 	var errs []error
 	for _, a := range slices.SortedFunc(maps.Keys(m.contested), netip.Addr.Compare) {
 		for _, id := range m.holders[a] {
-			if winner := m.holder(a); id != winner {
-				errs = append(errs, fmt.Errorf("WorkloadEndpoint %s: %s is WorkloadEndpoint %s's; delete the one whose pod is gone", id, a, winner))
+			_, pod := cutPodID(id)
+			soon := pod && time.Since(m.contested[a]) < contestedFor
+			if winner := m.holder(a); id != winner && !soon {
+				errs = append(errs, fmt.Errorf("%s: %s is %s's; delete the one whose pod is gone", nameOf(id), a, nameOf(winner)))
 			}
 		}
 	}
 	return errs
+}
+
+// nameOf is what an endpoint is called, for people.
+func nameOf(id string) string {
+	if full, is := cutPodID(id); is {
+		return "Pod " + full
+	}
+	return "WorkloadEndpoint " + id
 }
 
 // update has the compiler bring its tables up to date. On an error they are what they were.
@@ -315,33 +380,51 @@ func (m *model) update() (*policy.Delta, error) {
 	return m.compiler.Update()
 }
 
-// Model is the model of a node: what the store says, with the node's own pods as node.db has them. The error is
-// policy.FromResources'.
+// Model is the model of a node: what the store says, with the node's own pods as node.db has them. An address of two is given to
+// one as on the node. The error is policy.FromResources'.
 func Model(nodeName string, resources []api.Resource, local []node.Endpoint) (*policy.Model, error) {
-	published := make(map[string]*api.Resource)
-	var all []api.Resource
+	published, pods := make(map[string]*api.Resource), make(map[string]*api.Resource)
+	var all, remote []api.Resource
 	for _, r := range resources {
-		if spec, is := specOf(&r); is && spec.Node == nodeName {
-			published[r.Metadata.FullName()] = &r
-			continue
+		switch r.Spec.(type) {
+		case *api.Pod:
+			pods[r.Metadata.FullName()] = &r
+			if e, is := PodEndpoint(r); is && nodeOf(&r) != nodeName {
+				remote = append(remote, e)
+			}
+		case *api.WorkloadEndpoint:
+			if nodeOf(&r) == nodeName {
+				published[r.Metadata.FullName()] = &r
+			} else {
+				remote = append(remote, r)
+			}
+		default:
+			all = append(all, r)
 		}
-		all = append(all, r)
 	}
 	taken := make(map[netip.Addr]bool)
 	for _, e := range local {
+		said := published[EndpointID(nodeName, e)]
+		if r := pods[podName(e)]; IsPod(r, e) {
+			said = r
+		}
 		for _, a := range e.Addrs {
 			taken[a] = true
 		}
+		all = append(all, Endpoint(nodeName, e, said))
 	}
-	for i, r := range all { // what this node knows itself counts
-		if spec, is := specOf(&r); is {
-			other := *spec
-			other.IPNetworks = slices.DeleteFunc(slices.Clone(spec.IPNetworks), func(n api.Net) bool { return taken[n.Addr()] })
-			all[i].Spec = &other
+	slices.SortFunc(remote, func(a, b api.Resource) int { // as holder has it, who gets an address first
+		x, y := a.Metadata.FullName(), b.Metadata.FullName()
+		return cmp.Or(first(!announced(y, pods), !announced(x, pods)), cmp.Compare(b.Metadata.Created, a.Metadata.Created), strings.Compare(y, x))
+	})
+	for _, r := range remote {
+		spec := *r.Spec.(*api.WorkloadEndpoint)
+		spec.IPNetworks = slices.DeleteFunc(slices.Clone(spec.IPNetworks), func(n api.Net) bool { return taken[n.Addr()] })
+		for _, n := range spec.IPNetworks {
+			taken[n.Addr()] = true
 		}
-	}
-	for _, e := range local {
-		all = append(all, Endpoint(nodeName, e, published[EndpointID(nodeName, e)]))
+		r.Spec = &spec
+		all = append(all, r)
 	}
 	return policy.FromResources(all)
 }

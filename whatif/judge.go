@@ -120,6 +120,12 @@ func (j *judge) arrival(f *maps.Flow, leg maps.Leg, answer bool) (a maps.Arrival
 	receiver, toPod := j.holder[dst]
 	_, byPod := j.pods[leg.IfIndex]
 	switch {
+	case leg.Sender != 0:
+		a = maps.Arrival{Hook: "to_net", IfIndex: j.uplink, From: leg.Sender, Deferred: true}
+		if toPod {
+			a.Hook, a.IfIndex = "to_pod", receiver
+		}
+		return a, ""
 	case byPod:
 		return maps.Arrival{Hook: "from_pod", IfIndex: leg.IfIndex}, ""
 	case leg.IfIndex != 0:
