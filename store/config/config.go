@@ -10,6 +10,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"math"
 	"net/url"
 	"os"
 	"regexp"
@@ -19,6 +20,7 @@ import (
 
 	"sigs.k8s.io/yaml"
 
+	"github.com/caracal-net/caracal/kube"
 	"github.com/caracal-net/caracal/store"
 	"github.com/caracal-net/caracal/store/bolt"
 	"github.com/caracal-net/caracal/store/etcd"
@@ -27,7 +29,8 @@ import (
 const (
 	// CalicoFile is where Calico's programs look for a file.
 	CalicoFile = "/etc/calico/calicoctl.cfg"
-	// Variable names a store: "bolt:///var/lib/caracal", "etcd://10.0.0.1:2379,10.0.0.2:2379", "etcds://..." with TLS.
+	// Variable names a store: "bolt:///var/lib/caracal", "etcd://10.0.0.1:2379,10.0.0.2:2379", "etcds://..." with TLS,
+	// "kubernetes://" or "kubernetes:///path/of/kubeconfig".
 	Variable = "CARACAL_STORE"
 	// DirVariable names the directory of a store in a file.
 	DirVariable = "CARACAL_STATE_DIR"
@@ -40,8 +43,9 @@ type Type string
 
 // The kinds of stores, as they are written.
 const (
-	Bolt Type = "bolt"
-	Etcd Type = "etcdv3"
+	Bolt       Type = "bolt"
+	Etcd       Type = "etcdv3"
+	Kubernetes Type = "kubernetes"
 )
 
 var (
@@ -49,15 +53,14 @@ var (
 	ErrConfig = errors.New("unusable store configuration")
 	// ErrEtcdV2 says that the store named is etcd's version 2.
 	ErrEtcdV2 = errors.New("the v2 API of etcd is gone (etcd 3.6 has none); move the data to etcdv3 and set the datastore type to etcdv3")
-	// ErrKubernetes says that the store named is the Kubernetes API.
-	ErrKubernetes = errors.New("the datastore kubernetes comes with the Kubernetes integration, which this version does not have; use etcdv3 or bolt")
 )
 
 // Config is which store is used.
 type Config struct {
-	Type Type
-	Dir  string      // of Bolt
-	Etcd etcd.Config // of Etcd
+	Type       Type
+	Dir        string      // of Bolt
+	Etcd       etcd.Config // of Etcd
+	Kubernetes kube.Config // of Kubernetes
 
 	Prefix  string        // before every key; "": store.DefaultPrefix
 	Timeout time.Duration // of one operation; 0: the store's default
@@ -65,8 +68,7 @@ type Config struct {
 }
 
 // Parse reads the configuration: from the environment (os.Getenv), then, for what that does not say, from a file; "" is
-// none, and CalicoFile need not be there. Where neither names a store it is Bolt in DefaultDir. ErrConfig, ErrEtcdV2,
-// ErrKubernetes.
+// none, and CalicoFile need not be there. Where neither names a store it is Bolt in DefaultDir. ErrConfig, ErrEtcdV2.
 func Parse(getenv func(string) string, file string) (Config, error) {
 	s, err := readFile(file)
 	if err != nil {
@@ -108,6 +110,14 @@ func Open(ctx context.Context, c Config) (store.Store, error) {
 			return nil, err
 		}
 		return s, nil
+	case Kubernetes:
+		k := c.Kubernetes
+		k.Prefix, k.Timeout, k.Logger = c.Prefix, c.Timeout, c.Logger
+		s, err := kube.Open(k)
+		if err != nil {
+			return nil, err
+		}
+		return s, nil
 	}
 	return nil, fmt.Errorf("%w: datastore type %q", ErrConfig, c.Type)
 }
@@ -129,20 +139,21 @@ type spec struct {
 	EtcdCert         string `json:"etcdCert"`
 	EtcdCACert       string `json:"etcdCACert"`
 
-	// Of the datastore kubernetes: known, so that a file for both is read.
-	Kubeconfig               any `json:"kubeconfig"`
-	KubeconfigInline         any `json:"kubeconfigInline"`
-	K8sAPIEndpoint           any `json:"k8sAPIEndpoint"`
-	K8sKeyFile               any `json:"k8sKeyFile"`
-	K8sCertFile              any `json:"k8sCertFile"`
-	K8sCAFile                any `json:"k8sCAFile"`
-	K8sAPIToken              any `json:"k8sAPIToken"`
-	K8sInsecureSkipTLSVerify any `json:"k8sInsecureSkipTLSVerify"`
-	K8sDisableNodePoll       any `json:"k8sDisableNodePoll"`
-	K8sUsePodCIDR            any `json:"usePodCIDR"`
-	K8sClientQPS             any `json:"k8sClientQPS"`
-	K8sCurrentContext        any `json:"k8sCurrentContext"`
-	CalicoAPIGroup           any `json:"calicoAPIGroup"`
+	Kubeconfig               string `json:"kubeconfig"`
+	KubeconfigInline         string `json:"kubeconfigInline"`
+	K8sAPIEndpoint           string `json:"k8sAPIEndpoint"`
+	K8sKeyFile               string `json:"k8sKeyFile"`
+	K8sCertFile              string `json:"k8sCertFile"`
+	K8sCAFile                string `json:"k8sCAFile"`
+	K8sAPIToken              string `json:"k8sAPIToken"`
+	K8sInsecureSkipTLSVerify string `json:"k8sInsecureSkipTLSVerify"`
+	K8sClientQPS             string `json:"k8sClientQPS"`
+	K8sCurrentContext        string `json:"k8sCurrentContext"`
+
+	// Known, and of no effect.
+	K8sDisableNodePoll any `json:"k8sDisableNodePoll"`
+	K8sUsePodCIDR      any `json:"usePodCIDR"`
+	CalicoAPIGroup     any `json:"calicoAPIGroup"`
 }
 
 // variables are the names of a spec's fields in the environment; each may have CALICO_ before it.
@@ -158,6 +169,16 @@ func (s *spec) variables() map[string]*string {
 		"ETCD_KEY_FILE":      &s.EtcdKeyFile,
 		"ETCD_CERT_FILE":     &s.EtcdCertFile,
 		"ETCD_CA_CERT_FILE":  &s.EtcdCACertFile,
+
+		"KUBECONFIG":                   &s.Kubeconfig,
+		"K8S_API_ENDPOINT":             &s.K8sAPIEndpoint,
+		"K8S_KEY_FILE":                 &s.K8sKeyFile,
+		"K8S_CERT_FILE":                &s.K8sCertFile,
+		"K8S_CA_FILE":                  &s.K8sCAFile,
+		"K8S_API_TOKEN":                &s.K8sAPIToken,
+		"K8S_INSECURE_SKIP_TLS_VERIFY": &s.K8sInsecureSkipTLSVerify,
+		"K8S_CLIENT_QPS":               &s.K8sClientQPS,
+		"K8S_CURRENT_CONTEXT":          &s.K8sCurrentContext,
 	}
 }
 
@@ -188,6 +209,7 @@ func (s *spec) merge(over spec) {
 	// A file's certificate gives way to one that the environment names.
 	for _, f := range []struct{ file, inline *string }{
 		{&over.EtcdKeyFile, &s.EtcdKey}, {&over.EtcdCertFile, &s.EtcdCert}, {&over.EtcdCACertFile, &s.EtcdCACert},
+		{&over.Kubeconfig, &s.KubeconfigInline},
 	} {
 		if *f.file != "" {
 			*f.inline = ""
@@ -199,7 +221,7 @@ func (s *spec) merge(over spec) {
 func (s *spec) name(v string, c *Config) error {
 	scheme, rest, ok := strings.Cut(v, "://")
 	if !ok {
-		return fmt.Errorf("%w: %q: write it like bolt:///var/lib/caracal or etcd://10.0.0.1:2379,10.0.0.2:2379", ErrConfig, v)
+		return fmt.Errorf("%w: %q: write it like bolt:///var/lib/caracal, etcd://10.0.0.1:2379,10.0.0.2:2379 or kubernetes://", ErrConfig, v)
 	}
 	switch scheme {
 	case "bolt":
@@ -220,8 +242,18 @@ func (s *spec) name(v string, c *Config) error {
 			s.EtcdEndpoints += "," + web + "://" + strings.TrimSpace(h)
 		}
 		return nil
+	case "kubernetes":
+		file, err := url.PathUnescape(rest)
+		if err != nil || file != "" && !strings.HasPrefix(file, "/") {
+			return fmt.Errorf("%w: %q: the kubeconfig must be absolute, as in kubernetes:///root/.kube/config", ErrConfig, v)
+		}
+		s.DatastoreType = string(Kubernetes)
+		if file != "" {
+			s.Kubeconfig, s.KubeconfigInline = file, ""
+		}
+		return nil
 	}
-	return fmt.Errorf("%w: %q: a store is bolt, etcd, or etcds for TLS", ErrConfig, v)
+	return fmt.Errorf("%w: %q: a store is bolt, etcd, etcds for TLS, or kubernetes", ErrConfig, v)
 }
 
 // complete makes a configuration of all that was said.
@@ -237,12 +269,15 @@ func (s *spec) complete(c *Config) error {
 	case "etcdv2", "etcd2", "etcd-v2", "etcd:v2", "etcd/v2":
 		return fmt.Errorf("%w: datastore type %q: %w", ErrConfig, s.DatastoreType, ErrEtcdV2)
 	case "kubernetes", "k8s":
-		return fmt.Errorf("%w: %w", ErrConfig, ErrKubernetes)
+		c.Type = Kubernetes
 	default:
-		return fmt.Errorf("%w: datastore type %q: it is etcdv3 or bolt", ErrConfig, s.DatastoreType)
+		return fmt.Errorf("%w: datastore type %q: it is etcdv3, kubernetes or bolt", ErrConfig, s.DatastoreType)
 	}
-	if c.Type == Bolt {
+	switch c.Type {
+	case Bolt:
 		return nil
+	case Kubernetes:
+		return s.kubernetes(&c.Kubernetes)
 	}
 	if s.EtcdDiscoverySrv != "" {
 		return fmt.Errorf("%w: etcd is not looked for in DNS (ETCD_DISCOVERY_SRV): name its members in ETCD_ENDPOINTS", ErrConfig)
@@ -265,6 +300,38 @@ func (s *spec) complete(c *Config) error {
 	var err error
 	e.Endpoints, err = s.endpoints()
 	return err
+}
+
+// kubernetes says where the Kubernetes API is.
+func (s *spec) kubernetes(c *kube.Config) error {
+	*c = kube.Config{
+		Kubeconfig: s.Kubeconfig, Inline: s.KubeconfigInline, Context: s.K8sCurrentContext,
+		Endpoint: s.K8sAPIEndpoint, Token: s.K8sAPIToken, CAFile: s.K8sCAFile, CertFile: s.K8sCertFile, KeyFile: s.K8sKeyFile,
+	}
+	if (c.CertFile == "") != (c.KeyFile == "") {
+		return fmt.Errorf("%w: the client certificate of Kubernetes and its key come together", ErrConfig)
+	}
+	if c.Endpoint != "" {
+		u, err := url.Parse(c.Endpoint)
+		if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" {
+			return fmt.Errorf("%w: k8sAPIEndpoint %q: write it like https://10.0.0.1:6443", ErrConfig, c.Endpoint)
+		}
+	}
+	if text := s.K8sInsecureSkipTLSVerify; text != "" {
+		insecure, err := strconv.ParseBool(text)
+		if err != nil {
+			return fmt.Errorf("%w: k8sInsecureSkipTLSVerify %q: true or false", ErrConfig, text)
+		}
+		c.Insecure = insecure
+	}
+	if text := s.K8sClientQPS; text != "" {
+		qps, err := strconv.ParseFloat(text, 32)
+		if err != nil || !(qps >= 0 && qps < 1e6) {
+			return fmt.Errorf("%w: k8sClientQPS %q: requests in a second, 0 for the default", ErrConfig, text)
+		}
+		c.QPS = int(math.Ceil(qps))
+	}
+	return nil
 }
 
 // endpoints are the members, each as a URL.

@@ -10,6 +10,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/caracal-net/caracal/kube"
 	"github.com/caracal-net/caracal/store/etcd"
 )
 
@@ -63,6 +64,15 @@ func TestParse(t *testing.T) {
 		"authority over a file's own": {env{"ETCD_AUTHORITY": "c:3", "ETCD_SCHEME": "https"}, v3, over(fromV3, "calico", "https://c:3")},
 		"JSON": {nil, `{"apiVersion":"v1","kind":"calicoApiConfig","metadata":{},"spec":{"etcdEndpoints":"http://a:1","kubeconfig":""}}`,
 			plain("http://a:1")},
+		"kubernetes": {env{"DATASTORE_TYPE": "kubernetes", "KUBECONFIG": "/a:/b"}, "", cluster(kube.Config{Kubeconfig: "/a:/b"})},
+		"ours, kubernetes": {env{"CARACAL_STORE": "kubernetes://", "ETCD_ENDPOINTS": "http://c:3", "K8S_CURRENT_CONTEXT": "x"}, "",
+			cluster(kube.Config{Context: "x"})},
+		"ours, a kubeconfig": {env{"CARACAL_STORE": "kubernetes:///a%20b", "KUBECONFIG": "/c"}, "", cluster(kube.Config{Kubeconfig: "/a b"})},
+		"kubernetes in a file": {nil, "apiVersion: projectcalico.org/v3\nkind: CalicoAPIConfig\nspec:\n  datastoreType: kubernetes\n" +
+			"  k8sAPIEndpoint: https://a:1\n  k8sAPIToken: 12\n  k8sCAFile: /ca\n  k8sInsecureSkipTLSVerify: true\n  k8sClientQPS: 0.5\n",
+			cluster(kube.Config{Endpoint: "https://a:1", Token: "12", CAFile: "/ca", Insecure: true, QPS: 1})},
+		"a kubeconfig over a file's own": {env{"KUBECONFIG": "/a"}, "apiVersion: v1\nkind: calicoApiConfig\nspec:\n  datastoreType: kubernetes\n" +
+			"  kubeconfigInline: x\n", cluster(kube.Config{Kubeconfig: "/a"})},
 		"v1": {nil, "apiVersion: v1\nkind: calicoApiConfig\nspec:\n  datastoreType: etcdv3\n  etcdAuthority: a:1\n", plain("http://a:1")},
 		"inline": {nil, "apiVersion: projectcalico.org/v3\nkind: CalicoAPIConfig\nspec:\n  etcdEndpoints: https://a:1\n  etcdCACert: |\n    x\n    y\n",
 			Config{Type: Etcd, Dir: DefaultDir, Etcd: etcd.Config{Endpoints: []string{"https://a:1"}, CA: "x\ny\n"}}},
@@ -76,6 +86,8 @@ func TestParse(t *testing.T) {
 		}
 	}
 }
+
+func cluster(c kube.Config) Config { return Config{Type: Kubernetes, Dir: DefaultDir, Kubernetes: c} }
 
 func over(c Config, user string, endpoints ...string) Config {
 	c.Etcd.Username, c.Etcd.Endpoints = user, endpoints
@@ -102,34 +114,38 @@ func TestParseRefuses(t *testing.T) {
 		want string
 		is   error
 	}{
-		"etcdv2":            {env{"DATASTORE_TYPE": "etcdv2"}, "", "v2 API of etcd is gone", ErrEtcdV2},
-		"etcdv2 in a file":  {nil, "apiVersion: v1\nkind: calicoApiConfig\nspec:\n  datastoreType: etcdv2\n", "etcdv3", ErrEtcdV2},
-		"etcd:v2":           {env{"CALICO_DATASTORE_TYPE": "ETCD:V2"}, "", "etcdv3", ErrEtcdV2},
-		"kubernetes":        {env{"DATASTORE_TYPE": "kubernetes"}, "", "comes with the Kubernetes integration", ErrKubernetes},
-		"other type":        {env{"DATASTORE_TYPE": "consul"}, "", `"consul"`, ErrConfig},
-		"no scheme":         {env{"ETCD_ENDPOINTS": "a:1"}, "", "write it like http://", ErrConfig},
-		"no port":           {env{"ETCD_ENDPOINTS": "http://a"}, "", "write it like http://", ErrConfig},
-		"a path":            {env{"ETCD_ENDPOINTS": "http://a:1/x"}, "", "write it like http://", ErrConfig},
-		"no endpoint":       {env{"ETCD_ENDPOINTS": ","}, "", "no etcd endpoint", ErrConfig},
-		"both schemes":      {env{"ETCD_ENDPOINTS": "http://a:1,https://b:1"}, "", "both http and https", ErrConfig},
-		"discovery":         {env{"ETCD_DISCOVERY_SRV": "example.com"}, "", "ETCD_ENDPOINTS", ErrConfig},
-		"key alone":         {env{"ETCD_ENDPOINTS": "https://a:1", "ETCD_KEY_FILE": "/k"}, "", "come together", ErrConfig},
-		"user alone":        {env{"ETCD_ENDPOINTS": "https://a:1", "ETCD_USERNAME": "u"}, "", "come together", ErrConfig},
-		"inline and files":  {nil, head + "  etcdEndpoints: https://a:1\n  etcdCert: x\n  etcdKeyFile: y\n", "both inline and as files", ErrConfig},
-		"ours, unknown":     {env{"CARACAL_STORE": "consul://a:1"}, "", "bolt, etcd, or etcds", ErrConfig},
-		"ours, a path":      {env{"CARACAL_STORE": "/x"}, "", "write it like bolt://", ErrConfig},
-		"ours, relative":    {env{"CARACAL_STORE": "bolt://x"}, "", "absolute", ErrConfig},
-		"unknown key":       {nil, head + "  etcdEndpoints: http://a:1\n  etcdUser: u\n", "line 5: unknown key etcdUser", ErrConfig},
-		"unknown top key":   {nil, head + "  etcdEndpoints: http://a:1\nspecs: {}\n", "line 5: unknown key specs", ErrConfig},
-		"unknown JSON key":  {nil, `{"apiVersion":"v1","kind":"calicoApiConfig",` + "\n" + `"spec":{"etcdUser":"u"}}`, "line 2: unknown key etcdUser", ErrConfig},
-		"key twice":         {nil, head + "  etcdUsername: a\n  etcdUsername: b\n", "line 5", ErrConfig},
-		"not text":          {nil, head + "  etcdUsername: [a]\n", "line 4: etcdUsername is a array, not text", ErrConfig},
-		"no YAML":           {nil, head + "  etcdUsername: [a\n", "line", ErrConfig},
-		"other kind":        {nil, "apiVersion: v1\nkind: Pod\n", `line 2: kind "Pod"`, ErrConfig},
-		"other version":     {nil, "apiVersion: v2\nkind: CalicoAPIConfig\n", `line 1: apiVersion "v2"`, ErrConfig},
-		"no version":        {nil, "kind: CalicoAPIConfig\n", `apiVersion ""`, ErrConfig},
-		"a list":            {nil, "- a\n", "calicoctl.cfg", ErrConfig},
-		"nothing in a file": {nil, "# nothing\n", `apiVersion ""`, ErrConfig},
+		"etcdv2":                  {env{"DATASTORE_TYPE": "etcdv2"}, "", "v2 API of etcd is gone", ErrEtcdV2},
+		"etcdv2 in a file":        {nil, "apiVersion: v1\nkind: calicoApiConfig\nspec:\n  datastoreType: etcdv2\n", "etcdv3", ErrEtcdV2},
+		"etcd:v2":                 {env{"CALICO_DATASTORE_TYPE": "ETCD:V2"}, "", "etcdv3", ErrEtcdV2},
+		"kubernetes, relative":    {env{"CARACAL_STORE": "kubernetes://config"}, "", "absolute", ErrConfig},
+		"kubernetes, key alone":   {env{"DATASTORE_TYPE": "kubernetes", "K8S_KEY_FILE": "/k"}, "", "come together", ErrConfig},
+		"kubernetes, no URL":      {env{"DATASTORE_TYPE": "kubernetes", "K8S_API_ENDPOINT": "10.0.0.1:6443"}, "", "write it like https://", ErrConfig},
+		"kubernetes, no number":   {env{"DATASTORE_TYPE": "kubernetes", "K8S_CLIENT_QPS": "many"}, "", `"many"`, ErrConfig},
+		"kubernetes, perhaps TLS": {env{"DATASTORE_TYPE": "kubernetes", "K8S_INSECURE_SKIP_TLS_VERIFY": "perhaps"}, "", "true or false", ErrConfig},
+		"other type":              {env{"DATASTORE_TYPE": "consul"}, "", `"consul"`, ErrConfig},
+		"no scheme":               {env{"ETCD_ENDPOINTS": "a:1"}, "", "write it like http://", ErrConfig},
+		"no port":                 {env{"ETCD_ENDPOINTS": "http://a"}, "", "write it like http://", ErrConfig},
+		"a path":                  {env{"ETCD_ENDPOINTS": "http://a:1/x"}, "", "write it like http://", ErrConfig},
+		"no endpoint":             {env{"ETCD_ENDPOINTS": ","}, "", "no etcd endpoint", ErrConfig},
+		"both schemes":            {env{"ETCD_ENDPOINTS": "http://a:1,https://b:1"}, "", "both http and https", ErrConfig},
+		"discovery":               {env{"ETCD_DISCOVERY_SRV": "example.com"}, "", "ETCD_ENDPOINTS", ErrConfig},
+		"key alone":               {env{"ETCD_ENDPOINTS": "https://a:1", "ETCD_KEY_FILE": "/k"}, "", "come together", ErrConfig},
+		"user alone":              {env{"ETCD_ENDPOINTS": "https://a:1", "ETCD_USERNAME": "u"}, "", "come together", ErrConfig},
+		"inline and files":        {nil, head + "  etcdEndpoints: https://a:1\n  etcdCert: x\n  etcdKeyFile: y\n", "both inline and as files", ErrConfig},
+		"ours, unknown":           {env{"CARACAL_STORE": "consul://a:1"}, "", "bolt, etcd, etcds", ErrConfig},
+		"ours, a path":            {env{"CARACAL_STORE": "/x"}, "", "write it like bolt://", ErrConfig},
+		"ours, relative":          {env{"CARACAL_STORE": "bolt://x"}, "", "absolute", ErrConfig},
+		"unknown key":             {nil, head + "  etcdEndpoints: http://a:1\n  etcdUser: u\n", "line 5: unknown key etcdUser", ErrConfig},
+		"unknown top key":         {nil, head + "  etcdEndpoints: http://a:1\nspecs: {}\n", "line 5: unknown key specs", ErrConfig},
+		"unknown JSON key":        {nil, `{"apiVersion":"v1","kind":"calicoApiConfig",` + "\n" + `"spec":{"etcdUser":"u"}}`, "line 2: unknown key etcdUser", ErrConfig},
+		"key twice":               {nil, head + "  etcdUsername: a\n  etcdUsername: b\n", "line 5", ErrConfig},
+		"not text":                {nil, head + "  etcdUsername: [a]\n", "line 4: etcdUsername is a array, not text", ErrConfig},
+		"no YAML":                 {nil, head + "  etcdUsername: [a\n", "line", ErrConfig},
+		"other kind":              {nil, "apiVersion: v1\nkind: Pod\n", `line 2: kind "Pod"`, ErrConfig},
+		"other version":           {nil, "apiVersion: v2\nkind: CalicoAPIConfig\n", `line 1: apiVersion "v2"`, ErrConfig},
+		"no version":              {nil, "kind: CalicoAPIConfig\n", `apiVersion ""`, ErrConfig},
+		"a list":                  {nil, "- a\n", "calicoctl.cfg", ErrConfig},
+		"nothing in a file":       {nil, "# nothing\n", `apiVersion ""`, ErrConfig},
 	} {
 		_, err := Parse(test.env.get, write(t, test.file))
 		if !errors.Is(err, test.is) || !errors.Is(err, ErrConfig) || !strings.Contains(err.Error(), test.want) {
@@ -190,6 +206,7 @@ func FuzzParse(f *testing.F) {
 			if !strings.HasPrefix(c.Dir, "/") {
 				t.Errorf("directory %q", c.Dir)
 			}
+		case Kubernetes:
 		case Etcd:
 			c.Etcd.CAFile, c.Etcd.CertFile, c.Etcd.KeyFile, c.Etcd.CA, c.Etcd.Cert, c.Etcd.Key = "", "", "", "", "", ""
 			c.Prefix = ""

@@ -23,7 +23,8 @@ var may = map[string][]string{
 	"loader":  {"bpf"},
 	"node":    {"api"},
 	"ipam":    {"api", "node"},
-	"store":   {"api"},
+	"store":   {"api", "kube"},
+	"kube":    {"store", "api"},
 	"policy":  {"api"},
 	"commit":  {"maps", "node", "api", "policy"},
 	"bgp":     {},
@@ -42,6 +43,8 @@ var owners = map[string][]string{
 	"github.com/osrg/gobgp":           {"bgp"},
 	"go.etcd.io/etcd":                 {"store"},
 	"k8s.io/client-go":                {"kube"},
+	"k8s.io/apimachinery":             {"kube"},
+	"k8s.io/api":                      {"kube"},
 	"github.com/containernetworking/": {"cni"},
 	"github.com/docker/":              {"docker"},
 }

@@ -1,0 +1,69 @@
+package kube
+
+import (
+	"encoding/json"
+
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
+)
+
+// The groups and versions that are asked for.
+var (
+	coreVersion    = corev1.SchemeGroupVersion
+	networkVersion = networkingv1.SchemeGroupVersion
+	calicoVersion  = schema.GroupVersion{Group: "projectcalico.org", Version: "v3"}
+	ownVersion     = schema.GroupVersion{Group: "caracal.dev", Version: "v1"}
+	admin1Version  = schema.GroupVersion{Group: "policy.networking.k8s.io", Version: "v1alpha1"}
+	admin2Version  = schema.GroupVersion{Group: "policy.networking.k8s.io", Version: "v1alpha2"}
+
+	versions = []schema.GroupVersion{coreVersion, networkVersion, calicoVersion, ownVersion, admin1Version, admin2Version}
+)
+
+// object is a custom resource, of whatever kind. What it says stays JSON.
+type object struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata"`
+	Spec              json.RawMessage `json:"spec,omitempty"`
+	Status            json.RawMessage `json:"status,omitempty"`
+}
+
+func (o *object) DeepCopyObject() runtime.Object {
+	c := *o
+	o.ObjectMeta.DeepCopyInto(&c.ObjectMeta)
+	return &c
+}
+
+// objects is a list of custom resources of one kind.
+type objects struct {
+	metav1.TypeMeta `json:",inline"`
+	metav1.ListMeta `json:"metadata"`
+	Items           []object `json:"items"`
+}
+
+func (l *objects) DeepCopyObject() runtime.Object {
+	c := *l
+	return &c
+}
+
+// codecs read the few types that are asked for: the whole of client-go's own would be some megabytes for nothing.
+var codecs = func() runtime.NegotiatedSerializer {
+	scheme := runtime.NewScheme()
+	scheme.AddKnownTypes(coreVersion,
+		&corev1.Pod{}, &corev1.PodList{}, &corev1.Namespace{}, &corev1.NamespaceList{}, &corev1.ServiceAccount{}, &corev1.ServiceAccountList{},
+		&corev1.Service{}, &corev1.ServiceList{}, &corev1.Node{}, &corev1.NodeList{}, &corev1.Event{})
+	scheme.AddKnownTypes(networkVersion, &networkingv1.NetworkPolicy{}, &networkingv1.NetworkPolicyList{})
+	for _, k := range kinds {
+		if k.custom {
+			scheme.AddKnownTypeWithName(k.version.WithKind(k.object), &object{})
+			scheme.AddKnownTypeWithName(k.version.WithKind(k.object+"List"), &objects{})
+		}
+	}
+	for _, v := range versions {
+		metav1.AddToGroupVersion(scheme, v)
+	}
+	return serializer.NewCodecFactory(scheme).WithoutConversion()
+}()
