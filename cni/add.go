@@ -34,14 +34,39 @@ import (
 // the interface before it is up; and the pod and its policy are in the maps before ADD answers.
 func (p *Plugin) add(ctx context.Context, env *Env, c *Config) (any, error) {
 	a := &adding{Plugin: p, env: env, c: c, key: env.key(c)}
-	if err := a.validate(); err != nil {
-		return nil, err
+	a.findAnnotations(ctx)
+	err := a.validate()
+	if err == nil {
+		defer a.close()
+		err = a.attach(ctx)
 	}
-	defer a.close()
-	if err := a.attach(ctx); err != nil {
+	if err != nil {
+		a.tellDenied(ctx, err)
 		return nil, err
 	}
 	return a.result()
+}
+
+// Denied is what the agent is told of a pod that could not be added, at /v1/pods/denied on its socket.
+type Denied struct {
+	Namespace string `json:"namespace"`
+	Name      string `json:"name"`
+	UID       string `json:"uid"`
+	Message   string `json:"message"`
+}
+
+// tellPatience is how long the agent has to take what it is told.
+const tellPatience = 200 * time.Millisecond
+
+// tellDenied has the agent tell whoever looks at the pod in Kubernetes why it does not start, if there is an agent.
+func (a *adding) tellDenied(ctx context.Context, why error) {
+	d := Denied{a.env.Args["K8S_POD_NAMESPACE"], a.env.Args["K8S_POD_NAME"], a.env.Args["K8S_POD_UID"], why.Error()}
+	if d.Namespace == "" || d.Name == "" || d.UID == "" {
+		return
+	}
+	if err := ask(context.WithoutCancel(ctx), a.c.AgentSocket, "/v1/pods/denied", a.trace.Values(), d, tellPatience); err != nil && !errors.Is(err, errNoAgent) {
+		a.log.Debug("tell the agent", "error", err)
+	}
 }
 
 // attach makes the attachment, or nothing.
@@ -90,6 +115,7 @@ type adding struct {
 	foreign  bool // the foreign IPAM was asked
 	maps     *maps.Maps
 	judged   bool // there may be policy for the pod
+	unheard  bool // the agent has waited for Kubernetes to tell of the pod
 }
 
 func (a *adding) close() {
@@ -106,6 +132,9 @@ func (a *adding) close() {
 
 // validate finds what is wrong with the question, and changes nothing.
 func (a *adding) validate() (err error) {
+	if err := a.c.RuntimeConfig.PodAnnotations.check(); err != nil {
+		return err
+	}
 	if a.want, err = a.c.requested(a.env); err != nil {
 		return err
 	}
@@ -122,6 +151,9 @@ func (a *adding) validate() (err error) {
 	}
 	if a.c.ownIPAM() {
 		if a.pools, err = a.c.pools(); err != nil {
+			return err
+		}
+		if a.pools.Only, err = AnnotatedPools(a.c.RuntimeConfig.PodAnnotations); err != nil {
 			return err
 		}
 	}
@@ -413,6 +445,9 @@ func (a *adding) recordOnce(ctx context.Context) (old []node.Endpoint, err error
 			return err
 		}
 		if a.c.ownIPAM() {
+			if a.pools.Only, err = a.only(tx); err != nil {
+				return err
+			}
 			pools, _, err := ipam.Pools(tx, a.pools)
 			if err != nil {
 				return err
@@ -454,6 +489,9 @@ func (a *adding) recordOnce(ctx context.Context) (old []node.Endpoint, err error
 			if a.c.MTU == 0 && slices.ContainsFunc(pools, api.IPPool.Encapsulates) {
 				a.veth.mtu = min(a.veth.mtu, tunnelMTU(a.sides.host))
 			}
+		}
+		if len(a.veth.addrs) == 0 && a.c.ownIPAM() && len(a.veth.pools) == 0 {
+			return fail(codeAddress, "there is no pool that this node may use now; its agent says why (caracalctl node status)")
 		}
 		if len(a.veth.addrs) == 0 {
 			return fail(codeConfig, "the attachment would have no address: neither family is assigned")
@@ -561,7 +599,7 @@ func (a *adding) commit(ctx context.Context) error {
 	}
 	// Looked at under the lock: who learns of the first policy later than this finds the pod in the maps.
 	ids := policy.PodPolicies{}
-	if a.judged = a.deniesUnknown() || enforce.Exists(a.c.StateDir); a.judged {
+	if a.judged = a.deniesUnknown() || enforce.Exists(a.c.StateDir) || a.mayHear(); a.judged {
 		ids = unknownPolicy
 	}
 	if err := commit.AddPod(m, a.pod(ids)); err != nil {

@@ -188,8 +188,8 @@ func (t *Attacher) Detach(ctx context.Context, key node.Key) error {
 	return t.plugin().teardown(ctx, t.c, key)
 }
 
-// Exists tells whether an attachment's pair is there.
-func (t *Attacher) Exists(e node.Endpoint) (bool, error) {
+// Exists tells whether an attachment's pair is there: with either end's network namespace both go.
+func Exists(e node.Endpoint) (bool, error) {
 	if _, err := nl.Index(e.HostIfName); errors.Is(err, unix.ENODEV) {
 		return false, nil
 	} else if err != nil {

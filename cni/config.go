@@ -119,28 +119,7 @@ type RuntimeConfig struct {
 		Options  []string `json:"options"`
 	} `json:"dns"`
 	PortMappings   []portMapping `json:"portMappings"`
-	PodAnnotations annotations   `json:"io.kubernetes.cri.pod-annotations"` // of containerd's and CRI-O's CRI
-}
-
-// annotations are those of a Kubernetes pod.
-type annotations map[string]string
-
-// Calico's annotations of pods that are read here.
-const (
-	annotationIPs = "cni.projectcalico.org/ipAddrs" // a JSON list of addresses
-	annotationMAC = "cni.projectcalico.org/hwAddr"
-)
-
-func (a annotations) ips() ([]string, error) {
-	text, ok := a[annotationIPs]
-	if !ok {
-		return nil, nil
-	}
-	var list []string
-	if err := json.Unmarshal([]byte(text), &list); err != nil {
-		return nil, fail(codeConfig, `annotation %s: %s is not a JSON list of addresses such as ["10.244.0.7"]`, annotationIPs, quoted(text))
-	}
-	return list, nil
+	PodAnnotations Annotations   `json:"io.kubernetes.cri.pod-annotations"` // of containerd's and CRI-O's CRI; nil: it sends none
 }
 
 // labels are key-value pairs: as an object, or as CNI's convention has them, a list of {key, value}.
@@ -375,7 +354,7 @@ func (c *Config) families(tx *node.Tx, cfg ipam.Config) (v4, v6 bool, err error)
 // pod's annotation before CNI_ARGS (CNI CONVENTIONS.md says it of the three that it knows): nerdctl sends an IPv6 address by the
 // first and an IPv4 address by the last.
 func (c *Config) requested(env *Env) ([]netip.Addr, error) {
-	annotated, err := c.RuntimeConfig.PodAnnotations.ips()
+	annotated, err := c.RuntimeConfig.PodAnnotations.list(annotationIPs, "addresses", "10.244.0.7")
 	if err != nil {
 		return nil, err
 	}

@@ -106,6 +106,9 @@ func (p *Plugin) unmap(ctx context.Context, c *Config, key node.Key) (node.Endpo
 			return e, 0, fmt.Errorf("look for %s: %w", e.HostIfName, err)
 		}
 	}
+	if p.spare && ifindex != 0 {
+		return e, 0, errAlive
+	}
 	m, err := maps.Open(c.BPFFSDir)
 	if errors.Is(err, maps.ErrNotLoaded) {
 		return e, ifindex, nil // nothing was ever in the maps, or they went with a reboot

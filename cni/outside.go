@@ -3,7 +3,9 @@ package cni
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -80,6 +82,53 @@ func followOutside(h *netlink.Handle, m *maps.Maps, bpffs string, there map[uint
 		}
 	}
 	return nil
+}
+
+// WaysOut finds, by name, the interfaces that carry Ethernet frames out of the pools: those that routes of the main table lead to, but
+// for routes into a pool. Others names those that carry none, such as tunnels of the network layer, since the programs can't read what
+// leaves by them, and those without an address of the route's family, which masqueraded packets would need.
+func WaysOut(h *netlink.Handle, pools []netip.Prefix) (found map[string]int, others []string, err error) {
+	links, err := nl.Dump(h.LinkList)
+	if err != nil {
+		return nil, nil, fmt.Errorf("list interfaces: %w", err)
+	}
+	found = make(map[string]int)
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		addrs, err := nl.Dump(func() ([]netlink.Addr, error) { return h.AddrList(nil, family) })
+		if err != nil {
+			return nil, nil, fmt.Errorf("list addresses: %w", err)
+		}
+		addressed := make(map[int]bool)
+		for _, a := range addrs {
+			addressed[a.LinkIndex] = addressed[a.LinkIndex] || !a.IP.IsLinkLocalUnicast()
+		}
+		routes, err := nl.Dump(func() ([]netlink.Route, error) {
+			return h.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+		})
+		if err != nil {
+			return nil, nil, fmt.Errorf("list routes: %w", err)
+		}
+		for _, r := range routes {
+			to, _ := nl.Prefix(r.Dst)
+			if r.Type != unix.RTN_UNICAST || r.Protocol == RouteProtocol || to.Addr().IsLinkLocalUnicast() || to.Addr().IsMulticast() ||
+				slices.ContainsFunc(pools, func(p netip.Prefix) bool { return p.Bits() <= to.Bits() && p.Contains(to.Addr()) }) {
+				continue
+			}
+			for _, hop := range append(r.MultiPath, &netlink.NexthopInfo{LinkIndex: r.LinkIndex}) {
+				for _, l := range links {
+					switch at := l.Attrs(); {
+					case at.Index != hop.LinkIndex || at.Group == LinkGroup || at.Flags&net.FlagLoopback != 0:
+					case at.EncapType == "ether" && addressed[at.Index]:
+						found[at.Name] = at.Index
+					case !slices.Contains(others, at.Name):
+						others = append(others, at.Name)
+					}
+				}
+			}
+		}
+	}
+	others = slices.DeleteFunc(others, func(name string) bool { _, is := found[name]; return is })
+	return found, others, nil
 }
 
 // DefaultUplinks finds the interfaces with a default route in the main table: name -> ifindex. families are netlink.FAMILY_V4

@@ -38,6 +38,7 @@ type Plugin struct {
 	trace trace.Context // our span of the runtime's trace
 	about node.Endpoint // what the command turned out to be about, for its line in the log
 	swept int           // how many attachments GC removed
+	spare bool          // an attachment whose interface is there stays: errAlive
 }
 
 // Main runs the command that the environment names and returns the process's exit status. The error, if there is

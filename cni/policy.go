@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	stdmaps "maps"
+	"os"
 	"slices"
 	"time"
 
@@ -104,7 +105,11 @@ func (a *adding) findPolicy(ctx context.Context) error {
 		if !errors.Is(err, enforce.ErrHeld) {
 			return err
 		}
-		if err := ask(ctx, a.c.AgentSocket, "/v1/policy/endpoint", a.trace.Values(), a.record, agentPatience); !errors.Is(err, errNoAgent) || time.Now().After(deadline) {
+		path := "/v1/policy/endpoint"
+		if a.unheard {
+			path += "?waited"
+		}
+		if err := ask(ctx, a.c.AgentSocket, path, a.trace.Values(), a.record, agentPatience); !errors.Is(err, errNoAgent) || time.Now().After(deadline) {
 			return err
 		}
 		// Another ADD, or an agent that begins or has just ended. An ADD does it for all pods that are recorded.
@@ -119,6 +124,15 @@ func (a *adding) findPolicy(ctx context.Context) error {
 	}
 }
 
+// mayHear tells whether an agent may know more of the pod by now than this node did ever: one of Kubernetes that begins.
+func (a *adding) mayHear() bool {
+	if !enforce.OfKubernetes(a.record) {
+		return false
+	}
+	_, err := os.Stat(a.c.AgentSocket)
+	return err == nil
+}
+
 // commitPolicy puts the last known policy in force for the pods that are recorded by now.
 func (a *adding) commitPolicy(ctx context.Context, p *enforce.Policy) error {
 	var pods []node.Endpoint
@@ -130,7 +144,9 @@ func (a *adding) commitPolicy(ctx context.Context, p *enforce.Policy) error {
 		return err
 	}
 	p.SetLocal(pods)
-	_, err = p.Commit(ctx)
+	if _, err = p.Commit(ctx); err == nil && p.Awaits(a.record) {
+		err = fmt.Errorf("Pod %s/%s with uid %s was not heard of before the agent went", a.record.PodNamespace, a.record.PodName, a.record.PodUID)
+	}
 	return err
 }
 

@@ -349,8 +349,18 @@ func network(p netip.Prefix) *net.IPNet { return nl.Net(p) }
 // A sysctl's name here is its path below /proc/sys/net, which shows the calling thread's network namespace.
 func sysctlPath(name string) string { return "/proc/sys/net/" + name }
 
+// hostSysctls is where a container that is not privileged, and can't write its own /proc/sys, has the host's mounted: what is below it
+// shows the calling thread's network namespace too.
+const hostSysctls = "/host/proc/sys/net/"
+
 func writeSysctl(name, value string) error {
-	if err := os.WriteFile(sysctlPath(name), []byte(value), 0); err != nil {
+	err := os.WriteFile(sysctlPath(name), []byte(value), 0)
+	if errors.Is(err, unix.EROFS) {
+		if _, there := os.Stat(hostSysctls); there == nil {
+			err = os.WriteFile(hostSysctls+name, []byte(value), 0)
+		}
+	}
+	if err != nil {
 		return fmt.Errorf("set sysctl net/%s: %w", name, err)
 	}
 	return nil

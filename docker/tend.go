@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/caracal-net/caracal/api"
+	"github.com/caracal-net/caracal/cni"
 	"github.com/caracal-net/caracal/node"
 )
 
@@ -144,7 +145,7 @@ func (t *tender) tendEndpoint(ctx context.Context, e node.Endpoint, errs *[]erro
 	}
 	network, err := t.ask(ctx, e.Docker.NetworkID)
 	if err != nil && !errors.Is(err, errNoSuch) {
-		there, err := t.attacher.Exists(e)
+		there, err := cni.Exists(e)
 		return err == nil && !there
 	}
 	for id, c := range network.Containers {
