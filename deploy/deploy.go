@@ -1,4 +1,5 @@
-// Package deploy is what Caracal is run with: the unit for systemd, and the recipe of the container image.
+// Package deploy is what Caracal is run with: the unit for systemd, the recipe of the container image, and the
+// manifests for Kubernetes.
 package deploy
 
 import _ "embed"
@@ -7,3 +8,8 @@ import _ "embed"
 //
 //go:embed caracald.service
 var Unit []byte
+
+// Roles is kubernetes/rbac.yaml: what a node may do in a cluster.
+//
+//go:embed kubernetes/rbac.yaml
+var Roles []byte

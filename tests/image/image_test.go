@@ -11,7 +11,11 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/caracal-net/caracal/tests/testenv"
 )
+
+func TestMain(m *testing.M) { os.Exit(testenv.Main(m)) }
 
 // read returns the regular files of an archive, and the targets of its links.
 func read(t *testing.T, r io.Reader) map[string]string {
@@ -79,8 +83,38 @@ func TestArchives(t *testing.T) {
 
 func TestDynamicProgramIsRefused(t *testing.T) {
 	for _, program := range []string{"/bin/ls", "/etc/passwd", filepath.Join(t.TempDir(), "none")} {
-		if _, err := makeLayer(program); err == nil || !strings.Contains(err.Error(), program) {
+		if _, err := makeLayer(program, Image{}); err == nil || !strings.Contains(err.Error(), program) {
 			t.Errorf("%s: %v", program, err)
 		}
+	}
+}
+
+// The image of the project's recipe has the plugin and the agent under all their names, and begins as the recipe says.
+func TestRecipe(t *testing.T) {
+	f, err := os.Open(Caracal(t, t.TempDir(), "caracal:test", filepath.Dir(testenv.Bin(t, "caracal"))))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	files := read(t, f)
+	config := ""
+	for name, text := range files {
+		if strings.HasSuffix(name, ".json") && name != "manifest.json" {
+			config = text
+		}
+	}
+	for _, want := range []string{`"Cmd":["caracalctl","install"]`, `"PATH=/usr/bin"`, `"CARACAL_IMAGE=1"`} {
+		if !strings.Contains(config, want) {
+			t.Errorf("no %s in %s", want, config)
+		}
+	}
+	root := read(t, strings.NewReader(files["layer.tar"]))
+	for name, target := range map[string]string{"usr/bin/caracal-ipam": "caracal", "usr/bin/caracalctl": "caracald", "var/run": "/run", "run/": ""} {
+		if got, ok := root[name]; !ok || got != target {
+			t.Errorf("%s: %q, want %q", name, got, target)
+		}
+	}
+	if len(root["usr/bin/caracal"]) == 0 || len(root["usr/bin/caracald"]) == 0 {
+		t.Error("no programs")
 	}
 }
