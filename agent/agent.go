@@ -17,6 +17,9 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/caracal-net/caracal/api"
 	"github.com/caracal-net/caracal/bgp"
 	"github.com/caracal-net/caracal/cni"
 	"github.com/caracal-net/caracal/internal/capability"
@@ -36,6 +39,7 @@ type Config struct {
 	Socket     string // where caracalctl asks; "": nowhere
 	Health     string // address of /health, /liveness and /readiness, see DefaultHealth; "": nowhere
 	Metrics    string // address of /metrics, see DefaultMetrics; "": nowhere
+	Network    string // where a DeferredNetwork is put once pods can be added; "": nowhere
 
 	IPv4, IPv6 netip.Prefix      // this node's addresses for its peers; zero: those of the interface with the default route
 	Labels     map[string]string // of this node, beside those that others gave it
@@ -44,6 +48,12 @@ type Config struct {
 	NATPorts   maps.Ports        // that masqueraded flows leave from; zero: cni.MasqueradePorts
 	VXLANPort  int               // UDP port that encapsulated packets go to, 4789 by RFC 7348
 	VXLANVNI   int               // network id, 24 bits
+	PodWait    time.Duration     // for Kubernetes to tell of a new pod; 0: DefaultPodWait; below 0: not at all
+
+	Kubernetes  Kubernetes     // what there is of a cluster of Kubernetes's beside the store; nil: it is none
+	PodCIDRs    bool           // true: the node's blocks are those that Kubernetes has given it, and it claims no others
+	Pools       []api.Resource // IPPools that are made where the store has none of their family
+	LeakedAfter time.Duration  // how long a pod must be gone before its address is taken back; 0: DefaultLeakedAfter
 
 	Log *slog.Logger
 
@@ -71,18 +81,24 @@ type Agent struct {
 	store     store.Store
 	cluster   *cluster
 	policies  *policies
+	services  *services
 	maps      *maps.Maps
 	speaker   *bgp.Speaker
 	spoken    bgp.Config // the speaker's
 	taken     takenPort  // where the speaker was to listen
 	routes    *routes
 	mark      string         // this host's own, see instance
+	self      *api.Node      // as registered last
 	uplinks   map[string]int // name -> ifindex, as attached
+	underlay  map[string]int // of these, those that other hosts are behind
 	inherited bool           // what an earlier agent left on others was taken off
 	tunnel    tunnel
 	idle      map[netip.Prefix]time.Time // since when a block has had no pod
+	fresh     map[netip.Prefix]bool      // blocks that this agent has claimed and node.db does not know yet
 	found     [2]netip.Prefix            // this node's addresses for its peers, IPv4 and IPv6, where none are configured
 	missing   time.Time                  // since when one of them is not there
+
+	networkPlaced bool // the deferred network, by this agent or an earlier one
 
 	wake    chan struct{}
 	journal *journal
@@ -94,6 +110,7 @@ type Agent struct {
 	uplinkNames []string
 	speaking    *bgp.Speaker // speaker, for those who ask
 	displaced   uint64       // flows, as last told
+	collected   uint64       // leaked addresses that were taken back
 }
 
 // Problem is something that is not as it should be. It goes when it is over.
@@ -101,8 +118,26 @@ type Problem struct {
 	About string    `json:"about"`
 	Text  string    `json:"text"`
 	Since time.Time `json:"since"`
+	Input bool      `json:"input,omitempty"` // people have to do something, and the node is as well as it can be
 
 	told map[string]bool // texts that the log has; those of one problem may change to and fro
+}
+
+// inputError is about what people have to do: what they wrote can't be put in force, or the loaded programs are of an earlier build. The
+// node is ready all the same: one bad policy must not hold up an upgrade of all nodes, which the programs' comes after.
+type inputError struct{ error }
+
+func (e inputError) Unwrap() error { return e.error }
+
+// hard is what is wrong with a node, whose own trouble, if it has any, makes what people wrote a part of it.
+func hard(own error, written []error) error {
+	switch {
+	case len(written) == 0:
+		return own
+	case own == nil:
+		return inputError{errors.Join(written...)}
+	}
+	return errors.New(errors.Join(append(written, own)...).Error())
 }
 
 // mostTold is how many texts of one problem are logged; more are variations.
@@ -115,7 +150,7 @@ func Run(ctx context.Context, c Config, s store.Store) error {
 		return err
 	}
 	a := &Agent{
-		Config: c, store: s, uplinks: make(map[string]int), wake: make(chan struct{}, 1), problems: make(map[string]Problem),
+		Config: c, store: s, uplinks: make(map[string]int), fresh: make(map[netip.Prefix]bool), wake: make(chan struct{}, 1), problems: make(map[string]Problem),
 		journal: newJournal(maxDrops),
 	}
 	if a.Log == nil {
@@ -136,6 +171,7 @@ func Run(ctx context.Context, c Config, s store.Store) error {
 	a.routes = newRoutes(a)
 	a.cluster = newCluster(a)
 	a.policies = newPolicies(a)
+	a.services = newServices(a)
 	stop, err := a.serve(ctx)
 	if stop != nil {
 		defer stop()
@@ -143,13 +179,25 @@ func Run(ctx context.Context, c Config, s store.Store) error {
 	if err != nil {
 		return err
 	}
+	keep, err := aloneAtMaps(c.BPFFSDir)
+	if err != nil {
+		return err
+	}
+	defer keep.Close()
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	wg.Go(func() { a.policies.run(ctx) })
 	wg.Go(func() { a.policies.publisher(ctx) })
+	if a.Kubernetes != nil {
+		wg.Go(func() { a.policies.report(ctx) })
+		wg.Go(func() { a.Kubernetes.WatchSelf(ctx, a.changed) })
+		wg.Go(func() { a.collect(ctx) })
+	}
+	wg.Go(func() { a.services.run(ctx) })
 	wg.Go(func() { a.cluster.follow(ctx) })
+	wg.Go(func() { a.cluster.remember(ctx) })
 	wg.Go(func() { a.watchLocal(ctx) })
 	wg.Go(func() { a.watchLinks(ctx) })
 	wg.Go(func() { a.watchEvents(ctx) })
@@ -170,10 +218,30 @@ func alone(dir string) (*node.Lock, error) {
 	}
 	lock, err := node.TryLock(dir, name)
 	if errors.Is(err, node.ErrLocked) {
-		path := filepath.Join(dir, name)
-		return nil, fmt.Errorf("another agent of this node runs%s: it has locked %s; one runs on a node", paren(holder.Lock(path)), path)
+		return nil, another(filepath.Join(dir, name))
 	}
 	return lock, err
+}
+
+// aloneAtMaps makes sure of it where the agents have two state directories: who has no pods recorded takes those of the other one out
+// of the maps. It lasts until the directory is closed.
+func aloneAtMaps(dir string) (*os.File, error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, fmt.Errorf("lock the maps: %w", err)
+	}
+	if err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err == nil {
+		return f, nil
+	}
+	f.Close()
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return nil, another(dir)
+	}
+	return nil, fmt.Errorf("lock %s: %w", dir, err)
+}
+
+func another(locked string) error {
+	return fmt.Errorf("another agent of this node runs%s: it has locked %s; one runs on a node", paren(holder.Lock(locked)), locked)
 }
 
 // adopted makes sure that no pod here is Calico's: programs on the uplinks drop what comes for addresses of this node's blocks
@@ -254,8 +322,8 @@ func (a *Agent) loop(ctx context.Context) {
 // reconcile compares everything with what it should be. Each part does what it can, whatever another's trouble is.
 func (a *Agent) reconcile(ctx context.Context) error {
 	v, known := a.cluster.view()
-	if !known { // the store was never heard: what is there stays as it is
-		return nil
+	if !known { // the store was never heard: what is there stays as it is, and other nodes' agents are told so
+		return a.goOn(ctx)
 	}
 	var errs []error
 	part := func(about string, err error) {
@@ -263,25 +331,46 @@ func (a *Agent) reconcile(ctx context.Context) error {
 			return
 		}
 		a.problem(about, err)
-		if err != nil {
+		if err != nil && !errors.As(err, new(inputError)) {
 			errs = append(errs, fmt.Errorf("%s: %w", about, err))
 		}
 	}
 	self, wrote, err := a.register(ctx, v)
+	if errors.Is(err, ErrNotHeard) {
+		if a.self == nil {
+			return a.goOn(ctx)
+		}
+		return nil
+	}
 	part("node", err)
-	a.policies.claimed(err == nil)
-	if err != nil {
+	registered := err == nil
+	a.policies.claimed(registered)
+	switch {
+	case registered:
+		a.self = self
+	case errors.Is(err, ErrNoNode) && a.self != nil: // it was deleted: what its pods have stays theirs, and nothing new comes
+		self, v.usable = a.self, nil
+	case errors.Is(err, ErrNoNode), errors.Is(err, errTaken):
+		part("blocks", a.suspend(ctx))
+		return errors.Join(errs...)
+	default:
 		return errors.Join(errs...)
 	}
 	if wrote {
 		v, _ = a.cluster.view() // by the labels that the node has now
 	}
+	part("pools", a.makePools(ctx, v))
 	own, surplus, err := a.claim(ctx, v)
 	part("blocks", err)
+	claimed := err == nil || errors.As(err, new(inputError))
+	part("network", a.placeNetwork(len(own)))
 	part("tunnel", a.setTunnel(ctx, v, self))
 	part("uplinks", a.attachUplinks(v, self))
 	unrouted := a.setNode(ctx)
 	part("node routes", unrouted)
+	if a.Kubernetes != nil && registered && claimed && unrouted == nil {
+		part("kubernetes", a.reportAvailable(ctx))
+	}
 	part("masquerade", a.masquerade(ctx, v, self))
 	if own != nil { // else what an earlier agent announced stays
 		announced, err := a.peer(ctx, v, self, own)
@@ -291,12 +380,16 @@ func (a *Agent) reconcile(ctx context.Context) error {
 		}
 	}
 	part("routes", a.routes.sync(ctx, v, own, a.tunnel))
-	a.mu.Lock()
-	a.ready = len(errs) == 0
-	a.own, a.speaking = own, a.speaker
-	a.uplinkNames = slices.Sorted(stdmaps.Keys(a.uplinks))
-	a.mu.Unlock()
+	a.show(own, len(errs) == 0)
 	return errors.Join(errs...)
+}
+
+// show has the agent's status say what a look at everything came to.
+func (a *Agent) show(own []netip.Prefix, ready bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.ready, a.own, a.speaking = ready, own, a.speaker
+	a.uplinkNames = slices.Sorted(stdmaps.Keys(a.uplinks))
 }
 
 // problem notes what is wrong about something; nil: nothing any more. The log has it when it begins, when it has become another,
@@ -316,6 +409,7 @@ func (a *Agent) problem(about string, err error) {
 		p = Problem{About: about, Since: time.Now(), told: make(map[string]bool)}
 	}
 	p.Text = err.Error()
+	p.Input = errors.As(err, new(inputError))
 	a.problems[about] = p
 	level := slog.LevelDebug
 	if !p.told[p.Text] && len(p.told) < mostTold {

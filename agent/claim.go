@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -20,6 +21,10 @@ import (
 // that one has just let go of is not to be another's at once.
 const surplusAfter = 30 * time.Second
 
+// reuseAfter is for how long a block that somebody has lost is claimed only when there is no other. With a Node of Kubernetes its
+// claims go at once, and its pods when their kubelet hears of it; its agent claims again what they use.
+const reuseAfter = time.Minute
+
 // claim gives this node the blocks that it needs, before it needs them: as long as less than half a block's addresses are
 // free in a pool, another is claimed in the store and recorded in node.db, where ADD finds it. What it does not need any
 // more it takes out of node.db, and returns as surplus, to be released when nothing of this node speaks of it.
@@ -30,10 +35,28 @@ func (a *Agent) claim(ctx context.Context, v *view) (own []netip.Prefix, surplus
 	if err != nil {
 		return a.own, nil, err // as announced
 	}
-	var errs []error
-	note := func(err error) { errs = append(errs, err) }
+	var errs, written []error
+	note := func(err error) {
+		if errors.As(err, new(inputError)) {
+			written = append(written, err)
+		} else {
+			errs = append(errs, err)
+		}
+	}
 	mine := a.mine(ctx, v, here, note)
-	surplus = a.surplus(v.usable, mine, here)
+	pools, closed := v.usable, a.closed(v, here)
+	if a.PodCIDRs {
+		wanted, err := a.podBlocks(v)
+		note(err)
+		mine, surplus, pools = a.claimGiven(ctx, v, mine, wanted, here, note)
+		for _, c := range mine {
+			if !slices.Contains(wanted, c.Block) {
+				closed = append(closed, c.CIDR)
+			}
+		}
+	} else {
+		surplus = a.surplus(v.usable, mine, here, a.holds)
+	}
 	mine = slices.DeleteFunc(mine, func(c Claim) bool {
 		if slices.Contains(surplus, c) {
 			return true
@@ -41,15 +64,15 @@ func (a *Agent) claim(ctx context.Context, v *view) (own []netip.Prefix, surplus
 		if here.has(c.CIDR) {
 			return false
 		}
-		// It was claimed, or was to be released, when an agent ended. That it is this node's may not be so any more.
+		// Given by Kubernetes, it was claimed when an agent ended. That it is this node's may not be so any more.
 		err := a.claimOne(ctx, c.Block)
 		note(err)
 		return err != nil
 	})
 	free := here.free(mine)
-	for _, p := range v.usable {
-		size := 1 << (p.CIDR.Addr().BitLen() - p.BlockSize)
-		if p.Disabled || free[p.CIDR]*2 >= size {
+	for _, p := range pools {
+		size := node.Block{CIDR: netip.PrefixFrom(p.CIDR.Addr(), p.BlockSize)}.Size()
+		if a.PodCIDRs || p.Disabled || free[p.CIDR]*2 >= size {
 			continue
 		}
 		b, err := a.claimNext(ctx, v, p)
@@ -57,6 +80,7 @@ func (a *Agent) claim(ctx context.Context, v *view) (own []netip.Prefix, surplus
 			note(err)
 			continue
 		}
+		a.fresh[b.CIDR] = true
 		mine = append(mine, Claim{Block: b})
 	}
 	if len(surplus) > 0 {
@@ -64,8 +88,9 @@ func (a *Agent) claim(ctx context.Context, v *view) (own []netip.Prefix, surplus
 			return a.own, nil, err
 		}
 	}
-	now, err := a.record(ctx, here, v.usable, mine)
+	now, err := a.record(ctx, here, recorded{pools, v.named, v.namespaces}, mine, closed)
 	note(err)
+	maps.DeleteFunc(a.fresh, func(b netip.Prefix, _ bool) bool { return now.has(b) })
 	if len(surplus) > 0 {
 		note(a.step("withdraw"))
 	}
@@ -83,44 +108,135 @@ func (a *Agent) claim(ctx context.Context, v *view) (own []netip.Prefix, surplus
 		return still
 	})
 	slices.SortFunc(own, func(x, y netip.Prefix) int { return x.Addr().Compare(y.Addr()) })
-	return own, surplus, errors.Join(errs...)
+	return own, surplus, hard(errors.Join(errs...), written)
+}
+
+// suspend has no new pod get an address here while this host is not the node that the store knows: its blocks may be others' by now.
+// What its pods have stays.
+func (a *Agent) suspend(ctx context.Context) error {
+	here, err := a.local(ctx)
+	if err != nil || here.pools == nil {
+		return err
+	}
+	var kept []Claim
+	var closed []netip.Prefix
+	for _, b := range here.blocks {
+		if kept = append(kept, Claim{Block: Block{b.CIDR, b.Pool, a.Node}}); b.Closed {
+			closed = append(closed, b.CIDR)
+		}
+	}
+	_, err = a.record(ctx, here, recorded{nil, here.named, here.namespaces}, kept, closed)
+	return err
 }
 
 // mine are the claims of this node, by address. What its pods use and nobody has claimed is claimed: it was alone before.
 func (a *Agent) mine(ctx context.Context, v *view, here local, note func(error)) []Claim {
-	var mine []Claim
-	for _, c := range v.blocks {
-		if c.Node == a.Node {
-			mine = append(mine, c)
-		}
-	}
+	mine := v.claims(a.Node)
 	for _, b := range here.blocks {
-		other, taken := v.blocks[b.CIDR]
-		if b.Used == 0 || taken && other.Node == a.Node {
-			continue
-		}
+		other, taken := v.rival(a.Node, b.CIDR)
+		ours := v.blocks[b.CIDR].Node == a.Node
 		switch {
+		case ours && taken:
+			note(inputError{fmt.Errorf("block %s is this node's, and node %s has claimed %s of it: no pod here gets more of its addresses; remove that claim%s", b.CIDR, other.Node, other.CIDR, a.byHand("delete", other.CIDR))})
+		case b.Used == 0:
 		case !slices.ContainsFunc(v.pools, func(p api.IPPool) bool { return p.CIDR == b.Pool }):
 			note(fmt.Errorf("block %s has addresses of pods, but its pool %s is none of the cluster's; apply it, or restart these pods", b.CIDR, b.Pool))
+		case ours:
 		case taken:
-			note(fmt.Errorf("block %s has addresses of pods here, but belongs to node %s; restart the pods on it", b.CIDR, other.Node))
+			note(fmt.Errorf("block %s has addresses of pods here, but belongs to node %s; restart these pods, or if its claim was edited, put that right%s", b.CIDR, other.Node, a.byHand("edit", other.CIDR)))
 		default:
 			c := Claim{Block: Block{b.CIDR, b.Pool, a.Node}}
-			if err := a.claimOne(ctx, c.Block); err != nil {
+			if err := a.claimHeld(ctx, c.Block, true); err != nil {
 				note(err)
-				continue
+				if errors.Is(err, store.ErrExists) {
+					continue
+				}
 			}
-			mine = append(mine, c)
+			mine = append(mine, c) // also while it can't be written: nobody else has it, as far as it was heard
 		}
 	}
 	slices.SortFunc(mine, func(x, y Claim) int { return x.CIDR.Addr().Compare(y.CIDR.Addr()) })
 	return mine
 }
 
+// closed are the blocks in node.db that are another node's by now: no pod here gets more of their addresses.
+func (a *Agent) closed(v *view, here local) []netip.Prefix {
+	var closed []netip.Prefix
+	for _, b := range here.blocks {
+		if _, taken := v.rival(a.Node, b.CIDR); taken {
+			closed = append(closed, b.CIDR)
+		}
+	}
+	return closed
+}
+
+// podBlocks are the blocks that Kubernetes has given this node, in pools of the cluster.
+func (a *Agent) podBlocks(v *view) ([]Block, error) {
+	core, err := a.core()
+	if err != nil {
+		return nil, nil // the node's problem
+	}
+	if core == nil {
+		return nil, errors.New("blocks are to be the node's podCIDRs, and the store is not that of a cluster of Kubernetes; leave --ipam podcidr out")
+	}
+	if len(core.PodCIDRs) == 0 {
+		return nil, fmt.Errorf("Kubernetes has given node %s no podCIDR: kube-controller-manager does with --allocate-node-cidrs and --cluster-cidr; or have Caracal claim blocks itself (--ipam pools)", a.Node)
+	}
+	var all []Block
+	var errs []error
+	for _, cidr := range core.PodCIDRs {
+		p, ok := poolOf(v.usable, cidr)
+		if !ok || p.Disabled {
+			errs = append(errs, fmt.Errorf("podCIDR %s is in no pool that this node may use; make one of the cluster's CIDR (CALICO_IPV4POOL_CIDR, CALICO_IPV6POOL_CIDR, or kubectl apply)", cidr))
+			continue
+		}
+		all = append(all, Block{cidr, p.CIDR, a.Node})
+	}
+	return all, errors.Join(errs...)
+}
+
+// claimGiven claims the blocks that Kubernetes has given this node, which then nobody else gets while pods have addresses of
+// them, and no others. What it has had of others is closed, and surplus when it has no pod any more. pools are those of the
+// wanted blocks, as if they were cut in such.
+func (a *Agent) claimGiven(ctx context.Context, v *view, mine []Claim, wanted []Block, here local, note func(error)) (_, surplus []Claim, pools []api.IPPool) {
+	var kept []Claim
+	for _, c := range mine {
+		switch {
+		case slices.Contains(wanted, c.Block):
+			kept = append(kept, c)
+		case here.used(c.CIDR) == 0:
+			surplus = append(surplus, c)
+		default:
+			kept = append(kept, c)
+			note(fmt.Errorf("block %s has addresses of pods, and is none of the podCIDRs that Kubernetes has given node %s: no pod gets more of it; restart those that have (kubectl drain %s)", c.CIDR, a.Node, a.Node))
+		}
+	}
+	for _, b := range wanted {
+		if p, ok := poolOf(v.usable, b.CIDR); ok {
+			p.BlockSize = b.CIDR.Bits()
+			pools = append(pools, p)
+		}
+		if slices.ContainsFunc(kept, func(c Claim) bool { return c.Block == b }) {
+			continue
+		}
+		if other, taken := v.rival(a.Node, b.CIDR); taken {
+			note(fmt.Errorf("podCIDR %s: node %s has %s of it, maybe with pods; if that node is gone, remove it (%s), and if only its claim is left, do (kubectl delete %s)", b.CIDR, other.Node, other.CIDR, a.removal(other.Node), blockObject(other.CIDR)))
+			continue
+		}
+		if err := a.claimOne(ctx, b); err != nil {
+			note(err)
+			continue
+		}
+		kept = append(kept, Claim{Block: b})
+	}
+	return kept, surplus, pools
+}
+
 // surplus are the claims that this node can do without: they have had no pod for a while, and without them a whole block's
 // addresses stay free in their pool, twice as many as make it claim another; or the pool is disabled or gone, or has blocks
-// of another size now. What node.db does not know any more goes first, then the highest address.
-func (a *Agent) surplus(pools []api.IPPool, mine []Claim, here local) []Claim {
+// of another size now. What node.db does not know goes first, unless it is held nevertheless, then the highest address. An agent ended
+// before it recorded that or after it forgot it; or somebody has written the claim, and the addresses may be those of another node's pods.
+func (a *Agent) surplus(pools []api.IPPool, mine []Claim, here local, holds func(netip.Prefix) bool) []Claim {
 	now, idle := time.Now(), make(map[netip.Prefix]time.Time)
 	free := here.free(mine)
 	var all []Claim
@@ -129,15 +245,20 @@ func (a *Agent) surplus(pools []api.IPPool, mine []Claim, here local) []Claim {
 			if here.has(c.CIDR) != recorded || here.used(c.CIDR) > 0 {
 				continue
 			}
-			since, ok := a.idle[c.CIDR]
-			if !ok {
-				since = now
-			}
-			idle[c.CIDR] = since
 			size := node.Block{CIDR: c.CIDR}.Size()
-			wanted := slices.ContainsFunc(pools, func(p api.IPPool) bool { return p.CIDR == c.Pool && p.BlockSize == c.CIDR.Bits() && !p.Disabled })
-			if wanted && free[c.Pool] < 2*size || recorded && now.Sub(since) < surplusAfter {
+			if !recorded && holds(c.CIDR) {
 				continue
+			}
+			if recorded {
+				since, ok := a.idle[c.CIDR]
+				if !ok {
+					since = now
+				}
+				idle[c.CIDR] = since
+				wanted := slices.ContainsFunc(pools, func(p api.IPPool) bool { return p.CIDR == c.Pool && p.BlockSize == c.CIDR.Bits() && !p.Disabled })
+				if wanted && free[c.Pool] < 2*size || now.Sub(since) < surplusAfter {
+					continue
+				}
 			}
 			free[c.Pool] -= size
 			all = append(all, c)
@@ -145,6 +266,13 @@ func (a *Agent) surplus(pools []api.IPPool, mine []Claim, here local) []Claim {
 	}
 	a.idle = idle
 	return all
+}
+
+// holds tells whether a block that node.db does not know is this node's all the same: this agent has claimed it and could not record
+// that, or pods have addresses of it, and node.db was lost.
+func (a *Agent) holds(block netip.Prefix) bool {
+	used, err := commit.BlockInUse(a.maps, block)
+	return used || err != nil || a.fresh[block]
 }
 
 // release gives back what claim took out of node.db, and what is neither in the kernel's tables nor announced any more.
@@ -156,7 +284,7 @@ func (a *Agent) release(ctx context.Context, surplus []Claim) error {
 		if err := a.step("release"); err != nil {
 			return err
 		}
-		key := BlockKey(c.CIDR)
+		key := api.BlockKey(c.CIDR)
 		if err := a.store.Delete(ctx, key, c.Revision); err != nil && !errors.Is(err, store.ErrNotFound) {
 			errs = append(errs, err)
 			continue
@@ -173,7 +301,21 @@ func (a *Agent) release(ctx context.Context, surplus []Claim) error {
 // local is what node.db says of this node's blocks.
 type local struct {
 	blocks []node.Block
-	pools  []api.IPPool // the cluster's; nil: none were recorded yet
+	recorded
+}
+
+// recorded is what node.db knows of the cluster's pools.
+type recorded struct {
+	pools []api.IPPool // nil: none were recorded yet
+	named ipam.Names
+
+	namespaces map[string]ipam.Only // see view
+}
+
+func (r recorded) equal(o recorded) bool {
+	x, _ := json.Marshal([]any{r.pools, r.named, r.namespaces})
+	y, _ := json.Marshal([]any{o.pools, o.named, o.namespaces})
+	return string(x) == string(y)
 }
 
 func (l local) has(cidr netip.Prefix) bool {
@@ -202,19 +344,23 @@ func (l local) free(mine []Claim) map[netip.Prefix]int {
 	return free
 }
 
-// differs tells which claims are not recorded, and which recorded blocks without pods are no claims.
-func (l local) differs(mine []Claim) (missing []Claim, extra []node.Block) {
+// differs tells which claims are not recorded, which recorded blocks without pods are no claims, and which others are to be closed,
+// or not to be.
+func (l local) differs(mine []Claim, closed []netip.Prefix) (missing []Claim, extra, turned []node.Block) {
 	for _, c := range mine {
 		if !l.has(c.CIDR) {
 			missing = append(missing, c)
 		}
 	}
 	for _, b := range l.blocks {
-		if b.Used == 0 && !slices.ContainsFunc(mine, func(c Claim) bool { return c.CIDR == b.CIDR }) {
+		switch {
+		case b.Used == 0 && !slices.ContainsFunc(mine, func(c Claim) bool { return c.CIDR == b.CIDR }):
 			extra = append(extra, b)
+		case b.Closed != slices.Contains(closed, b.CIDR):
+			turned = append(turned, b)
 		}
 	}
-	return missing, extra
+	return missing, extra, turned
 }
 
 // local reads node.db beside ADDs and DELs: instance has opened it for writing before, and so released what an earlier boot
@@ -236,6 +382,12 @@ func (l *local) read(tx *node.Tx) (err error) {
 	if l.blocks, err = tx.Blocks(); err == nil {
 		l.pools, _, err = ipam.ClusterPools(tx)
 	}
+	if err == nil {
+		l.named, err = ipam.PoolNames(tx)
+	}
+	if err == nil {
+		l.namespaces, err = ipam.AllNamespacePools(tx)
+	}
 	return err
 }
 
@@ -247,20 +399,27 @@ func (a *Agent) recorded(ctx context.Context) ([]node.Block, error) {
 
 // claimOne claims a block. One that the store says is this node's already is claimed anew: what an earlier attempt to
 // release it may still bring about must not find it as it was.
-func (a *Agent) claimOne(ctx context.Context, b Block) error {
+func (a *Agent) claimOne(ctx context.Context, b Block) error { return a.claimHeld(ctx, b, false) }
+
+// claimHeld is claimOne of a block that pods here have addresses of, if held: then a claim that says nothing which could be so, as one
+// that was edited badly, is written anew.
+func (a *Agent) claimHeld(ctx context.Context, b Block, held bool) error {
 	text, err := json.Marshal(b)
 	if err != nil {
 		return err
 	}
-	key := BlockKey(b.CIDR)
+	key := api.BlockKey(b.CIDR)
 	revision, err := a.store.Create(ctx, key, text)
 	if errors.Is(err, store.ErrExists) {
 		kv, gerr := a.store.Get(ctx, key)
 		if gerr != nil {
 			return gerr
 		}
-		var there Block
-		if json.Unmarshal(kv.Value, &there) != nil || there != b {
+		there, wrong := readClaim(key, kv.Value)
+		switch {
+		case wrong != nil && !held:
+			return fmt.Errorf("%w: %w", err, wrong)
+		case wrong == nil && there != b:
 			return err
 		}
 		revision, err = a.store.Update(ctx, key, text, kv.Revision)
@@ -285,16 +444,18 @@ func (a *Agent) claimNext(ctx context.Context, v *view, p api.IPPool) (Block, er
 			taken[netip.PrefixFrom(cidr.Addr(), p.BlockSize).Masked()] = true
 		}
 	}
-	for cidr := range ipam.Blocks(p) {
-		if taken[cidr] || slices.ContainsFunc(wider, cidr.Overlaps) {
-			continue
+	for _, lately := range []bool{false, true} {
+		for cidr := range ipam.Blocks(p) {
+			if taken[cidr] || slices.ContainsFunc(wider, cidr.Overlaps) || lately != (a.Kubernetes != nil && a.cluster.recently(cidr)) {
+				continue
+			}
+			b := Block{cidr, p.CIDR, a.Node}
+			err := a.claimOne(ctx, b)
+			if errors.Is(err, store.ErrExists) {
+				continue // another node was faster
+			}
+			return b, err
 		}
-		b := Block{cidr, p.CIDR, a.Node}
-		err := a.claimOne(ctx, b)
-		if errors.Is(err, store.ErrExists) {
-			continue // another node was faster
-		}
-		return b, err
 	}
 	return Block{}, fmt.Errorf("pool %s: %w: every block has a node; add a pool, or remove nodes that are gone (caracalctl ipam show --show-blocks)", p.CIDR, ipam.ErrExhausted)
 }
@@ -302,11 +463,11 @@ func (a *Agent) claimNext(ctx context.Context, v *view, p api.IPPool) (Block, er
 // record makes node.db, which says was, say what the store says: the pools, and the blocks of this node. A block that pods
 // use is kept. It returns what node.db says then. When there is nothing to write it is not opened for writing, and keeps no
 // ADD waiting.
-func (a *Agent) record(ctx context.Context, was local, pools []api.IPPool, mine []Claim) (now local, err error) {
-	if pools == nil {
-		pools = []api.IPPool{}
+func (a *Agent) record(ctx context.Context, was local, r recorded, mine []Claim, closed []netip.Prefix) (now local, err error) {
+	if r.pools == nil {
+		r.pools = []api.IPPool{}
 	}
-	if missing, extra := was.differs(mine); len(missing)+len(extra) == 0 && samePools(was.pools, pools) {
+	if missing, extra, turned := was.differs(mine, closed); len(missing)+len(extra)+len(turned) == 0 && was.equal(r) {
 		return was, nil
 	}
 	lock, err := node.LockNode(ctx, a.StateDir) // before the database, as ADD does
@@ -324,7 +485,7 @@ func (a *Agent) record(ctx context.Context, was local, pools []api.IPPool, mine 
 		if err := now.read(tx); err != nil {
 			return err
 		}
-		missing, extra := now.differs(mine)
+		missing, extra, turned := now.differs(mine, closed)
 		for _, b := range extra {
 			// The maps first: what a crash leaves is then a block that node.db has, and setNode puts back.
 			if err := commit.RemoveBlock(a.maps, b.CIDR); errors.Is(err, commit.ErrInUse) {
@@ -337,12 +498,18 @@ func (a *Agent) record(ctx context.Context, was local, pools []api.IPPool, mine 
 				return err
 			}
 		}
+		for _, b := range turned {
+			b.Closed = !b.Closed
+			if err := tx.PutBlock(b); err != nil {
+				return err
+			}
+		}
 		for _, c := range missing {
 			if err := tx.PutBlock(node.Block{CIDR: c.CIDR, Pool: c.Pool}); err != nil {
 				return err
 			}
 		}
-		if err := ipam.SetClusterPools(tx, pools); err != nil {
+		if err := errors.Join(ipam.SetClusterPools(tx, r.pools), ipam.SetPoolNames(tx, r.named), ipam.SetNamespacePools(tx, r.namespaces)); err != nil {
 			return err
 		}
 		return now.read(tx)
@@ -351,10 +518,4 @@ func (a *Agent) record(ctx context.Context, was local, pools []api.IPPool, mine 
 		return was, err
 	}
 	return now, errors.Join(inUse...)
-}
-
-func samePools(a, b []api.IPPool) bool {
-	x, _ := json.Marshal(a)
-	y, _ := json.Marshal(b)
-	return string(x) == string(y)
 }

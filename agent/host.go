@@ -107,8 +107,37 @@ func (a *Agent) dropInherited(want map[string]int) error {
 	return errors.Join(errs...)
 }
 
-// findUplinks finds the uplinks by rule, or by the routes to the peers.
+// findUplinks finds the uplinks: the underlay, and what else packets leave the pools by.
 func (a *Agent) findUplinks(v *view, self *api.Node) (map[string]int, error) {
+	underlay, err := a.findUnderlay(v, self)
+	if err != nil {
+		return nil, err
+	}
+	a.underlay = underlay
+	found := stdmaps.Clone(underlay)
+	if a.Kubernetes != nil && len(a.Uplinks) == 0 { // what pods send to a Service leaves by whatever interface its backend is behind
+		var pools []netip.Prefix
+		for _, p := range v.pools {
+			pools = append(pools, p.CIDR)
+		}
+		ways, _, err := cni.WaysOut(&netlink.Handle{}, pools)
+		if err != nil {
+			return nil, err
+		}
+		stdmaps.Copy(found, ways)
+	}
+	if a.tunnel.index != 0 {
+		found[cni.TunnelName] = a.tunnel.index
+	}
+	if len(found) == 0 {
+		return nil, fmt.Errorf("%w: no interface has this node's address or a route to a peer; name it (--uplink eth1)", ErrUplink)
+	}
+	return found, nil
+}
+
+// findUnderlay finds the interfaces that other hosts are behind, and those with a default route when pods leave by them: by rule, or by
+// the routes to the peers.
+func (a *Agent) findUnderlay(v *view, self *api.Node) (map[string]int, error) {
 	links, err := nl.Dump(netlink.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list interfaces: %w", err)
@@ -123,9 +152,6 @@ func (a *Agent) findUplinks(v *view, self *api.Node) (map[string]int, error) {
 		}
 		if len(found) == 0 {
 			return nil, fmt.Errorf("%w: no interface is called like %q; name one that other hosts are behind (--uplink)", ErrUplink, a.Uplinks)
-		}
-		if a.tunnel.index != 0 {
-			found[cni.TunnelName] = a.tunnel.index
 		}
 		return found, nil
 	}
@@ -175,13 +201,7 @@ func (a *Agent) findUplinks(v *view, self *api.Node) (map[string]int, error) {
 		}
 		stdmaps.Copy(found, outside)
 	}
-	if a.tunnel.index != 0 {
-		found[cni.TunnelName] = a.tunnel.index
-	}
 	delete(found, "lo")
-	if len(found) == 0 {
-		return nil, fmt.Errorf("%w: no interface has this node's address or a route to a peer; name it (--uplink eth1)", ErrUplink)
-	}
 	return found, nil
 }
 

@@ -37,15 +37,18 @@ type policies struct {
 	tell chan struct{} // there may be something to publish
 
 	mu        sync.Mutex
-	loaded    *enforce.Policy        // nil: not yet
-	heard     map[string]store.Event // by key, since the goroutine looked
-	all       bool                   // heard is all that there is
-	published map[string]Published   // this node's endpoints in the store, by key
-	listed    bool                   // published is what the store has
-	pods      []node.Endpoint        // of this node
+	loaded    *enforce.Policy         // nil: not yet
+	heard     map[string]store.Event  // by key, since the goroutine looked
+	all       bool                    // heard is all that there is
+	published map[string]Published    // this node's endpoints in the store, by key
+	listed    bool                    // published and mine are what the store has
+	mine      map[string]api.Resource // this node's Pods in Kubernetes, by key
+	announced map[string]string       // what was, by the Pods' uids
+	pods      []node.Endpoint         // of this node
 	podsKnown bool
-	named     bool // the store says that this node's name is this host's
-	stale     bool // published may not be what pods are
+	named     bool             // the store says that this node's name is this host's
+	stale     bool             // published may not be what pods are
+	wrong     map[string]error // what is not in force as people want it, by key of the store
 }
 
 // Published is a WorkloadEndpoint as it lies in the store.
@@ -76,11 +79,16 @@ func Endpoints(ctx context.Context, s store.Store, nodeName string) ([]Published
 // ask is a pod whose policy somebody waits for.
 type ask struct {
 	pod    node.Endpoint
+	until  time.Time     // when it is not waited for any more that its Pod is heard of
 	answer chan<- answer // has room for one
 }
 
-// errNotKept says that this agent does not keep the node's policy: not yet, or no more.
-var errNotKept = errors.New("this agent does not keep policy")
+var (
+	// errNotKept says that this agent does not keep the node's policy: not yet, or no more.
+	errNotKept = errors.New("this agent does not keep policy")
+	// errUnheard says that a pod can't be judged, since Kubernetes has not told of it.
+	errUnheard = errors.New("Kubernetes has not told of it")
+)
 
 type answer struct {
 	ids policy.PodPolicies
@@ -88,7 +96,7 @@ type answer struct {
 }
 
 func newPolicies(a *Agent) *policies {
-	return &policies{a: a, wake: make(chan struct{}, 1), asks: make(chan ask), over: make(chan struct{}), tell: make(chan struct{}, 1), heard: make(map[string]store.Event), published: make(map[string]Published)}
+	return &policies{a: a, wake: make(chan struct{}, 1), asks: make(chan ask), over: make(chan struct{}), tell: make(chan struct{}, 1), heard: make(map[string]store.Event), published: make(map[string]Published), announced: make(map[string]string)}
 }
 
 // policyKinds are the kinds that are about policy, by the word that their keys begin with.
@@ -173,6 +181,7 @@ func (s *policies) run(ctx context.Context) {
 type keeper struct {
 	*policies
 	p          *enforce.Policy
+	waiting    []ask            // for Pods to be heard of
 	unreadable map[string]error // by key of the store
 	read       time.Time        // when node.db was written that was read last
 	epoch      uint32           // that was the last one
@@ -184,7 +193,7 @@ type keeper struct {
 // load waits for its turn: an ADD that came while there was no agent may be at it. false: ctx ended.
 func (k *keeper) load(ctx context.Context) bool {
 	for wait := 20 * time.Millisecond; ; wait = min(2*wait, retryFrom) {
-		p, err := enforce.Load(ctx, enforce.Config{Dir: k.a.StateDir, Maps: k.a.maps, Node: k.a.Node, Log: k.a.Log})
+		p, err := enforce.Load(ctx, enforce.Config{Dir: k.a.StateDir, Maps: k.a.maps, Node: k.a.Node, Kubernetes: k.a.Kubernetes != nil, Log: k.a.Log})
 		if ctx.Err() == nil && wait == retryFrom || err == nil {
 			k.a.problem("policy", err)
 		}
@@ -205,7 +214,7 @@ func (k *keeper) load(ctx context.Context) bool {
 
 // due tells whether there is something to do that nobody has told of.
 func (k *keeper) due(now time.Time) bool {
-	if !k.again.IsZero() && !now.Before(k.again) {
+	if !k.again.IsZero() && !now.Before(k.again) || slices.ContainsFunc(k.waiting, func(q ask) bool { return !now.Before(q.until) }) {
 		return true
 	}
 	if written, err := node.Changed(k.a.StateDir); err != nil || !written.Equal(k.read) {
@@ -252,12 +261,17 @@ func (k *keeper) keep(ctx context.Context, asked []ask, read bool) {
 		case errors.Is(err, enforce.ErrUnknown): // the store will say
 		}
 	}
-	for _, q := range asked {
-		if err != nil && ctx.Err() != nil { // it was given up, not refused
+	waited := k.waiting
+	k.waiting = nil
+	for _, q := range slices.Concat(waited, asked) {
+		switch {
+		case err != nil && ctx.Err() != nil: // it was given up, not refused
 			q.answer <- answer{err: errNotKept}
-			continue
+		case k.unheard(q.pod, err) && time.Now().Before(q.until):
+			k.waiting = append(k.waiting, q)
+		default:
+			q.answer <- k.answer(q.pod, err)
 		}
-		q.answer <- k.answer(q.pod, err)
 	}
 	if len(asked) > 0 {
 		k.publishAsked(asked)
@@ -280,6 +294,11 @@ func (k *keeper) keep(ctx context.Context, asked []ask, read bool) {
 	if ctx.Err() == nil {
 		k.a.problem("policy", k.trouble(err))
 	}
+	wrong := k.p.Refused()
+	maps.Copy(wrong, k.unreadable)
+	k.mu.Lock()
+	k.wrong = wrong
+	k.mu.Unlock()
 }
 
 // publishAsked has pods published before node.db is read again.
@@ -294,7 +313,15 @@ func (k *keeper) publishAsked(asked []ask) {
 	signal(k.tell)
 }
 
+// unheard tells whether a pod's policy will be known when Kubernetes was heard.
+func (k *keeper) unheard(pod node.Endpoint, err error) bool {
+	return k.a.Kubernetes != nil && enforce.OfKubernetes(pod) && (errors.Is(err, enforce.ErrUnknown) || err == nil && k.p.Awaits(pod))
+}
+
 func (k *keeper) answer(pod node.Endpoint, err error) answer {
+	if err == nil && k.p.Awaits(pod) {
+		err = fmt.Errorf("Pod %s/%s with uid %s: %w", pod.PodNamespace, pod.PodName, pod.PodUID, errUnheard)
+	}
 	if err != nil {
 		return answer{err: err}
 	}
@@ -321,7 +348,11 @@ func (k *keeper) trouble(err error) error {
 	if more := len(texts) - maxTroubles; more > 0 {
 		texts = append(texts[:maxTroubles], fmt.Sprintf("and %d more", more))
 	}
-	return errors.New(strings.Join(texts, "; "))
+	all := errors.New(strings.Join(texts, "; "))
+	if err == nil {
+		return inputError{all}
+	}
+	return all
 }
 
 // take notes what was heard of the store.
@@ -331,7 +362,7 @@ func (k *keeper) take() {
 	k.heard, k.all = make(map[string]store.Event), false
 	k.mu.Unlock()
 	var resources []api.Resource
-	published := make(map[string]Published)
+	published, pods := make(map[string]Published), make(map[string]api.Resource)
 	if all {
 		clear(k.unreadable)
 	}
@@ -361,8 +392,16 @@ func (k *keeper) take() {
 			}
 			continue
 		}
-		if spec, is := r.Spec.(*api.WorkloadEndpoint); is && spec.Node == k.a.Node {
-			published[key] = Published{e.KV, r}
+		switch spec := r.Spec.(type) {
+		case *api.WorkloadEndpoint:
+			if spec.Node == k.a.Node {
+				published[key] = Published{e.KV, r}
+			}
+		case *api.Pod:
+			pods[key] = r
+			if spec.Announced { // which whoever makes pods can write too: nobody outside becomes a pod by that
+				spec.IPs = k.a.cluster.pooled(spec.IPs)
+			}
 		}
 		if all {
 			resources = append(resources, r)
@@ -376,7 +415,14 @@ func (k *keeper) take() {
 	k.mu.Lock()
 	changed := false
 	if all {
-		k.published, k.listed, changed = make(map[string]Published), true, true
+		k.published, k.mine, k.listed, changed = make(map[string]Published), make(map[string]api.Resource), true, true
+	}
+	for key, r := range pods {
+		if r.Spec.(*api.Pod).Node == k.a.Node {
+			k.mine[key], changed = r, true
+		} else { // a StatefulSet's may have come again elsewhere, and its end not been heard by itself
+			delete(k.mine, key)
+		}
 	}
 	for key, e := range published {
 		if e.Revision > k.published[key].Revision { // not what this agent wrote itself
@@ -392,6 +438,7 @@ func (k *keeper) take() {
 func (k *keeper) unpublished(e store.Event) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	delete(k.mine, e.Key)
 	if was, ours := k.published[e.Key]; ours && was.Revision < e.Revision {
 		delete(k.published, e.Key)
 		k.stale = true
@@ -480,7 +527,7 @@ func (s *policies) publisher(ctx context.Context) {
 // that say to be this node's are touched.
 func (s *policies) publish(ctx context.Context) error {
 	s.mu.Lock()
-	ready, pods, published := s.named && s.podsKnown && s.listed && s.stale, s.pods, maps.Clone(s.published)
+	ready, pods, published, mine := s.named && s.podsKnown && s.listed && s.stale, s.pods, maps.Clone(s.published), maps.Clone(s.mine)
 	s.stale = s.stale && !ready
 	s.mu.Unlock()
 	if !ready {
@@ -494,6 +541,15 @@ func (s *policies) publish(ctx context.Context) error {
 			s.mu.Unlock()
 		}
 	}()
+	if s.a.Kubernetes != nil {
+		var own []node.Endpoint
+		own, pods = split(pods)
+		if err := s.announce(ctx, own, mine); err != nil {
+			if errs = append(errs, err); errors.Is(err, store.ErrUnavailable) {
+				return err
+			}
+		}
+	}
 	for _, pod := range pods {
 		id := enforce.EndpointID(s.a.Node, pod)
 		namespace, name, _ := strings.Cut(id, "/")
@@ -583,10 +639,18 @@ func (s *policies) handle(mux *http.ServeMux) {
 			return
 		}
 		begin := time.Now()
-		ids, err := s.ask(r.Context(), pod)
+		wait := s.a.podWait()
+		if r.URL.Query().Has("waited") { // for the pod's annotations
+			wait = 0
+		}
+		ids, err := s.ask(r.Context(), pod, wait)
 		s.a.traced(r, "policy of a new pod", begin, err, "endpoint", pod.Key.String())
 		if errors.Is(err, errNotKept) {
 			panic(http.ErrAbortHandler) // no answer: ADD takes it that there is no agent, and keeps policy itself
+		}
+		if errors.Is(err, errUnheard) {
+			http.Error(w, err.Error(), http.StatusNotFound)
+			return
 		}
 		if errors.Is(err, enforce.ErrRefused) {
 			http.Error(w, strings.ReplaceAll(err.Error(), "\n", "; "), http.StatusConflict) // ADD reads a line
@@ -596,14 +660,15 @@ func (s *policies) handle(mux *http.ServeMux) {
 	})
 }
 
-// ask makes a pod's policy what it is to be, and returns its ids when it is in force. errNotKept.
-func (s *policies) ask(ctx context.Context, pod node.Endpoint) (policy.PodPolicies, error) {
+// ask makes a pod's policy what it is to be, and returns its ids when it is in force. Kubernetes has so long to tell of the pod.
+// errNotKept, errUnheard.
+func (s *policies) ask(ctx context.Context, pod node.Endpoint, wait time.Duration) (policy.PodPolicies, error) {
 	if s.policy() == nil {
 		return policy.PodPolicies{}, errNotKept
 	}
 	reply := make(chan answer, 1)
 	select {
-	case s.asks <- ask{pod, reply}:
+	case s.asks <- ask{pod, time.Now().Add(wait), reply}:
 	case <-s.over:
 		return policy.PodPolicies{}, errNotKept
 	case <-ctx.Done():
@@ -612,6 +677,8 @@ func (s *policies) ask(ctx context.Context, pod node.Endpoint) (policy.PodPolici
 	select {
 	case got := <-reply:
 		return got.ids, got.err
+	case <-s.over: // while it waited for Kubernetes
+		return policy.PodPolicies{}, errNotKept
 	case <-ctx.Done():
 		return policy.PodPolicies{}, ctx.Err()
 	}

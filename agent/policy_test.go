@@ -197,3 +197,30 @@ func TestReadPodsSameTime(t *testing.T) {
 		}
 	}
 }
+
+// TestMovedPod: a Pod that came again on another node is none of this one's, also when its end was not heard by itself.
+func TestMovedPod(t *testing.T) {
+	a := newFlowTable(t, 100)
+	a.StateDir, a.Node = t.TempDir(), "h1"
+	p, err := enforce.Load(t.Context(), enforce.Config{Dir: a.StateDir, Maps: a.maps, Node: a.Node, Kubernetes: true, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	k := &keeper{policies: newPolicies(a), p: p, unreadable: make(map[string]error)}
+	k.list(nil)
+	for i, test := range []struct {
+		node, uid string
+		want      bool
+	}{{"h1", "first", true}, {"h2", "second", false}, {"h1", "third", true}} {
+		text, err := json.Marshal(api.Resource{Kind: podKind, Metadata: api.Metadata{Name: "db-0", Namespace: "web", UID: test.uid}, Spec: &api.Pod{Node: test.node}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		k.hear(store.Event{KV: store.KV{Key: podKind.Key("web", "db-0"), Value: text, Revision: store.Revision(i + 1)}})
+		k.take()
+		if _, is := k.mine[podKind.Key("web", "db-0")]; is != test.want {
+			t.Errorf("on %s with uid %s: this node's: %t", test.node, test.uid, is)
+		}
+	}
+}

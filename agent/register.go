@@ -34,6 +34,9 @@ const instanceSetting = "agent/instance"
 // ErrName says that another host has this node's name or address.
 var ErrName = errors.New("another host has it")
 
+// errTaken is ErrName of the name.
+var errTaken = fmt.Errorf("%w", ErrName)
+
 // register makes sure that this node's resource is in the store and says where it is, and returns it. wrote: it is not what v
 // says of it.
 func (a *Agent) register(ctx context.Context, v *view) (self *api.Node, wrote bool, err error) {
@@ -41,19 +44,9 @@ func (a *Agent) register(ctx context.Context, v *view) (self *api.Node, wrote bo
 	if err != nil {
 		return nil, false, err
 	}
-	ip4, ip6, err := a.addresses()
+	core, err := a.core()
 	if err != nil {
 		return nil, false, err
-	}
-	for name, n := range v.nodes {
-		if name == a.Node || n.BGP == nil {
-			continue
-		}
-		for _, pair := range [][2]netip.Prefix{{ip4, n.BGP.IPv4Address}, {ip6, n.BGP.IPv6Address}} {
-			if ours := pair[0].Addr(); ours.IsValid() && ours == pair[1].Addr() {
-				return nil, false, fmt.Errorf("address %s: %w: node %s; give one of them another, or remove that node (caracalctl delete node %s)", ours, ErrName, name, name)
-			}
-		}
 	}
 	kind, err := api.FindKind("Node")
 	if err != nil {
@@ -68,11 +61,38 @@ func (a *Agent) register(ctx context.Context, v *view) (self *api.Node, wrote bo
 		err := json.Unmarshal(kv.Value, &r)
 		spec, ok := r.Spec.(*api.Node)
 		if err != nil || !ok {
-			return nil, false, fmt.Errorf("its resource in the store can't be read; mend or remove it (caracalctl delete node %s)", a.Node)
+			return nil, false, fmt.Errorf("its resource in the store can't be read; mend or remove it (%s)", a.removal(a.Node))
 		}
 		meta, self = r.Metadata, spec
 		if was := meta.Annotations[InstanceAnnotation]; was != "" && was != instance {
-			return nil, false, fmt.Errorf("name %s: %w (instance %s, this is %s); give this host another name (--node-name), or if that host is gone for good, remove it (caracalctl delete node %s)", a.Node, ErrName, was, instance, a.Node)
+			return nil, false, fmt.Errorf("name %s: %w (instance %s, this is %s); give this host another name (--node-name), or if that host is gone for good, remove it (%s)", a.Node, errTaken, was, instance, a.removal(a.Node))
+		}
+	}
+	ip4, ip6, err := a.addresses(core)
+	if err != nil {
+		return nil, false, err
+	}
+	var renamed error
+	for name, n := range v.nodes {
+		if name == a.Node || n.BGP == nil {
+			continue
+		}
+		for _, pair := range [][2]netip.Prefix{{ip4, n.BGP.IPv4Address}, {ip6, n.BGP.IPv6Address}} {
+			if ours := pair[0].Addr(); ours.IsValid() && ours == pair[1].Addr() {
+				if v.meta[name].Annotations[InstanceAnnotation] == instance {
+					renamed = fmt.Errorf("this host was node %s before, which has address %s still; if it is %s now, remove that node (%s)", name, ours, a.Node, a.removal(name))
+					continue
+				}
+				return nil, false, fmt.Errorf("address %s: %w: node %s; give one of them another, or remove that node (%s)", ours, ErrName, name, a.removal(name))
+			}
+		}
+	}
+	if renamed != nil {
+		return nil, false, renamed
+	}
+	if !exists {
+		if err := a.inherits(ctx, v); err != nil {
+			return nil, false, err
 		}
 	}
 	b := api.NodeBGP{}
@@ -80,8 +100,19 @@ func (a *Agent) register(ctx context.Context, v *view) (self *api.Node, wrote bo
 		b = *self.BGP
 	}
 	b.IPv4Address, b.IPv6Address = ip4, ip6
-	labels, annotations := a.label(meta)
+	labels, annotations := a.label(meta, core)
 	annotations[InstanceAnnotation] = instance
+	if core != nil {
+		if annotations[uidAnnotation] != core.UID {
+			if err := a.reown(ctx, v); err != nil {
+				return nil, false, err
+			}
+		}
+		annotations[uidAnnotation] = core.UID
+		if err := followBGP(core, annotations, &b); err != nil {
+			return nil, false, err
+		}
+	}
 	if exists && maps.Equal(labels, meta.Labels) && maps.Equal(annotations, meta.Annotations) && self.BGP != nil && *self.BGP == b {
 		return self, false, nil
 	}
@@ -99,18 +130,31 @@ func (a *Agent) register(ctx context.Context, v *view) (self *api.Node, wrote bo
 	return self, true, nil
 }
 
-// label returns what the node's labels and annotations are to be.
-func (a *Agent) label(meta api.Metadata) (labels, annotations map[string]string) {
+// removal is the command that removes a node which is gone for good.
+func (a *Agent) removal(name string) string {
+	if a.Kubernetes != nil {
+		return "kubectl delete node " + name
+	}
+	return "caracalctl delete node " + name
+}
+
+// label returns what the node's labels and annotations are to be; core is its Node in Kubernetes, nil if there is none.
+func (a *Agent) label(meta api.Metadata, core *api.CoreNode) (labels, annotations map[string]string) {
 	labels, annotations = make(map[string]string), make(map[string]string)
 	maps.Copy(labels, meta.Labels)
 	maps.Copy(annotations, meta.Annotations)
 	for key := range strings.SplitSeq(annotations[labelsAnnotation], ",") {
 		delete(labels, key)
 	}
-	maps.Copy(labels, a.Labels)
+	own := make(map[string]string)
+	if core != nil {
+		maps.Copy(own, core.Labels)
+	}
+	maps.Copy(own, a.Labels)
+	maps.Copy(labels, own)
 	delete(annotations, labelsAnnotation)
-	if len(a.Labels) > 0 {
-		annotations[labelsAnnotation] = strings.Join(slices.Sorted(maps.Keys(a.Labels)), ",")
+	if len(own) > 0 {
+		annotations[labelsAnnotation] = strings.Join(slices.Sorted(maps.Keys(own)), ",")
 	}
 	return labels, annotations
 }
@@ -146,14 +190,23 @@ func (a *Agent) instance(ctx context.Context) (id string, err error) {
 	return id, db.Update(func(tx *node.Tx) error { return tx.PutSetting(instanceSetting, id) })
 }
 
-// addresses are this node's for its peers: the configured ones, or those that are found. One that was found and is not there
+// addresses are this node's for its peers: the configured ones, those that its Node in Kubernetes says, or those that are found. One that was found and is not there
 // is kept for a while: with its link it goes, and it comes back later than the others (RFC 4862), while without it all BGP
 // sessions would begin anew.
-func (a *Agent) addresses() (ip4, ip6 netip.Prefix, err error) {
+func (a *Agent) addresses(core *api.CoreNode) (ip4, ip6 netip.Prefix, err error) {
 	if a.IPv4.IsValid() || a.IPv6.IsValid() {
 		return a.IPv4, a.IPv6, nil
 	}
 	ip4, ip6, err = findAddresses()
+	if core != nil {
+		var errCore error
+		if ip4, ip6, errCore = preferCore(core, ip4, ip6); errCore != nil {
+			return ip4, ip6, errCore
+		}
+		if ip4.IsValid() || ip6.IsValid() { // a default route is not needed to find these
+			err = nil
+		}
+	}
 	if err != nil {
 		return ip4, ip6, err
 	}

@@ -25,12 +25,12 @@ func TestAddresses(t *testing.T) {
 		addr6.Flags = unix.IFA_F_NODAD
 		want := func(when string, want4, want6 netip.Prefix) {
 			t.Helper()
-			got4, got6, err := a.addresses()
+			got4, got6, err := a.addresses(nil)
 			if err != nil || got4 != want4 || got6 != want6 {
 				t.Errorf("%s: %s and %s (%v), want %s and %s", when, got4, got6, err, want4, want6)
 			}
 		}
-		if _, _, err := a.addresses(); err == nil {
+		if _, _, err := a.addresses(nil); err == nil {
 			t.Error("addresses without a default route")
 		}
 		if err := netlink.RouteAdd(&netlink.Route{LinkIndex: eth0.Attrs().Index, Gw: net.ParseIP("192.0.2.254")}); err != nil {

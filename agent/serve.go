@@ -38,6 +38,7 @@ type Status struct {
 	Learned  int              `json:"learned"` // routes of other hosts
 	Written  int              `json:"written"` // of these, in the maps and in the kernel's table
 	Peers    []bgp.PeerStatus `json:"peers"`
+	Synced   bool             `json:"synced"` // every peer has told all its routes once, or the restart time has gone by
 	Policy   PolicyStatus     `json:"policy"`
 }
 
@@ -48,6 +49,7 @@ func (a *Agent) status() Status {
 		s.Problems = append(s.Problems, a.problems[about])
 	}
 	speaker := a.speaking
+	s.Synced = speaker == nil
 	a.mu.Unlock()
 	a.routes.mu.Lock()
 	s.Learned, s.Written = len(a.routes.learned), len(a.routes.written)-len(a.routes.stale)
@@ -55,7 +57,7 @@ func (a *Agent) status() Status {
 	s.Alarms = a.routes.recent()
 	s.Policy = a.policies.status()
 	if speaker != nil {
-		s.Peers = speaker.Peers()
+		s.Peers, s.Synced = speaker.Peers(), speaker.IsSynced()
 	}
 	return s
 }
@@ -92,6 +94,8 @@ func (a *Agent) serve(ctx context.Context) (stop func(), err error) {
 		})
 		a.policies.handle(mux)
 		mux.HandleFunc("GET /v1/drops", a.serveDrops)
+		mux.HandleFunc("POST /v1/pod", a.servePod)
+		mux.HandleFunc("POST /v1/pods/denied", a.serveDenied)
 		servers.Go(func() { a.answer(ctx, l, mux) })
 	}
 	for _, w := range web {
@@ -188,19 +192,20 @@ func paren(s string) string {
 	return " (" + s + ")"
 }
 
-// health answers like calico-node's: liveness is that we answer, readiness that the node is as the store wants it. What is
-// wrong is in the body.
+// health answers like calico-node's: liveness is that we answer, readiness that the node is as the store wants it, as far as that can be
+// had. What is wrong is in the body.
 func (a *Agent) health() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /liveness", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	ready := func(w http.ResponseWriter, _ *http.Request) {
 		s := a.status()
-		if s.Ready && len(s.Problems) == 0 {
+		switch hindered := slices.ContainsFunc(s.Problems, func(p Problem) bool { return !p.Input }); {
+		case s.Ready && !hindered:
 			fmt.Fprintln(w, "ok")
-			return
-		}
-		w.WriteHeader(http.StatusServiceUnavailable)
-		if len(s.Problems) == 0 {
+		case hindered:
+			w.WriteHeader(http.StatusServiceUnavailable)
+		default:
+			w.WriteHeader(http.StatusServiceUnavailable)
 			fmt.Fprintln(w, "not done yet")
 		}
 		for _, p := range s.Problems {
@@ -249,6 +254,10 @@ func (a *Agent) metrics() http.Handler {
 		gauge("caracal_policy_refused", "Resources about policy that are not in force as people want them.", len(s.Policy.Refused))
 		fmt.Fprintf(w, "# HELP caracal_policy_commit_seconds How long the last change of policy took to be compiled and put in force.\n# TYPE caracal_policy_commit_seconds gauge\ncaracal_policy_commit_seconds %g\n", s.Policy.Took)
 		fmt.Fprintf(w, "# HELP caracal_policy_commits_total Changes of policy that this agent put in force.\n# TYPE caracal_policy_commits_total counter\ncaracal_policy_commits_total %d\n", s.Policy.Commits)
+		a.mu.Lock()
+		collected := a.collected
+		a.mu.Unlock()
+		counter("caracal_leaked_addresses_total", "Addresses of pods without a DEL that this agent took back.", collected)
 		a.flowMetrics(w)
 		events, forgotten := a.journal.counts()
 		fmt.Fprint(w, "# HELP caracal_events_total Events that the programs told of, by kind.\n# TYPE caracal_events_total counter\n")

@@ -121,8 +121,8 @@ func (a *Agent) outerMTU(self *api.Node) (int, error) {
 		if at.Name == cni.TunnelName {
 			continue
 		}
-		_, uplink := a.uplinks[at.Name]
-		if len(a.uplinks) == 0 { // none yet: the one that has this node's address
+		_, uplink := a.underlay[at.Name]
+		if len(a.underlay) == 0 { // none yet: the one that has this node's address
 			addrs, err := nl.Dump(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_ALL) })
 			if err != nil {
 				return 0, fmt.Errorf("list addresses of %s: %w", at.Name, err)
@@ -214,7 +214,9 @@ func (a *Agent) tunnelAddresses(ctx context.Context, want4, want6 bool) (v4, v6 
 	err = db.View(func(tx *node.Tx) error {
 		held, err := tx.Held(ipam.TunnelKey)
 		for _, h := range held {
-			sort(h.Addr)
+			if b, err := tx.Block(h.Block); err != nil || !b.Closed { // else it may be another node's, and is exchanged
+				sort(h.Addr)
+			}
 		}
 		return err
 	})

@@ -3,7 +3,10 @@ package cluster
 import (
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -20,9 +23,18 @@ import (
 func TestStoreAway(t *testing.T) {
 	l := newCluster(t, 3)
 	ctx := t.Context()
+	ctl(t, l.Host(1), "apiVersion: projectcalico.org/v3\nkind: BGPConfiguration\nmetadata: {name: default}\nspec: {nodeMeshMaxRestartTime: 5s}\n", "apply", "-f", "-")
 	a := l.Host(1).TestPod(t, "a", lab.PodOptions{})
 	b := l.Host(3).TestPod(t, "b", lab.PodOptions{})
 	reaches(t, a, b)
+	picture := filepath.Join(l.Host(1).StateDir(), "cluster.json")
+	eventually(t, "h1 has kept what it heard", func() error {
+		text, err := os.ReadFile(picture)
+		if err == nil && !strings.Contains(string(text), "nodeMeshMaxRestartTime") {
+			err = errors.New(string(text))
+		}
+		return err
+	})
 	for _, n := range []int{2, 3} {
 		must(t, l.Host(n).Signal(ctx, "etcd", unix.SIGKILL))
 	}
@@ -35,11 +47,27 @@ func TestStoreAway(t *testing.T) {
 	if _, err := l.Host(1).Namespace().ExecInput(ctx, pools, "caracalctl", "apply", "-f", "-"); err == nil || !strings.Contains(err.Error(), "unavailable") {
 		t.Errorf("apply without a quorum: %v", err)
 	}
-	// An agent that starts now knows nothing, and so leaves everything as it is.
+	// An agent that starts now knows what was heard last, and tells the other hosts again of its blocks before they forget them.
 	must(t, l.Host(1).Signal(ctx, "caracald", unix.SIGKILL))
 	must(t, l.Host(1).StartAgent(ctx))
 	eventually(t, "h1 notices again", func() error { return hasProblem(t, l.Host(1), "store", "") })
+	eventually(t, "h1 has its sessions again, and its routes", func() error {
+		s, err := status(t, l.Host(1))
+		if err != nil {
+			return err
+		}
+		for _, p := range s.Peers {
+			if p.Info != "Established" {
+				return fmt.Errorf("%+v", s)
+			}
+		}
+		if len(s.Peers) != 4 || !s.Synced || s.Written < 4 || len(s.Blocks) < 2 {
+			return fmt.Errorf("%+v", s)
+		}
+		return nil
+	})
 	reaches(t, a, b)
+	reaches(t, b, a)
 	for _, n := range []int{2, 3} {
 		must(t, l.Host(n).StartEtcdMember())
 	}
@@ -263,7 +291,7 @@ func TestGarbageInStore(t *testing.T) {
 		"/blocks/10.244.11.0-26":     `{"cidr":"10.244.11.0/26","pool":"10.244.0.0/16","node":"h1","more":1}`,
 		"/blocks/10.244.12.0-26":     "[",
 		"/blocks/nothing":            `{"cidr":"","pool":"","node":"h1"}`,
-		"/blocks/2001.db8.244..-48":  `{"cidr":"2001:db8:244::/48","pool":"2001:db8:244::/48","node":"h1"}`,
+		"/blocks/2001.db8.244..-48":  `{"cidr":"2001:db8:244::/48","pool":"2001:db8:245::/48","node":"h1"}`,
 	}
 	for key, value := range garbage {
 		must(t, putRaw(t, h, key, value))
@@ -332,8 +360,9 @@ func TestNodeRun(t *testing.T) {
 	if out := ctl(t, h, "", append([]string{"node", "run", "--dry-run"}, args[4:]...)...); !strings.Contains(out, "caracald --state-dir "+h.StateDir()) {
 		t.Errorf("%s", out)
 	}
+	ctl(t, h, `{"apiVersion": "projectcalico.org/v3", "kind": "Node", "metadata": {"name": "gone"}, "spec": {"bgp": {"ipv4Address": "192.0.2.99/24"}}}`, "apply", "-f", "-")
 	out := ctl(t, h, "", args...)
-	if !strings.HasSuffix(out, "Caracal node started successfully\n") {
+	if !strings.HasSuffix(out, "The way to the pods behind 192.0.2.99 is not known yet (caracalctl node status)\nCaracal node started successfully\n") {
 		t.Errorf("%s", out)
 	}
 	if _, err := h.Exec(t.Context(), append([]string{"caracalctl"}, args...)...); err == nil || !strings.Contains(err.Error(), "answers there already") {

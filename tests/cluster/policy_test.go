@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/caracal-net/caracal/agent"
+	"github.com/caracal-net/caracal/tests/testenv"
 	"github.com/caracal-net/caracal/tools/lab"
 )
 
@@ -42,18 +43,7 @@ func echo(t *testing.T, p *lab.Pod, port int) {
 		return err
 	}))
 	t.Cleanup(func() { l.Close() })
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				io.Copy(c, c)
-			}()
-		}
-	}()
+	go testenv.Echo(l)
 }
 
 const patience = 300 * time.Millisecond // after which what policy would allow has come

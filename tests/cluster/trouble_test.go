@@ -127,8 +127,11 @@ func TestAgentEnds(t *testing.T) {
 			return func() { must(t, lock.Unlock()) }
 		}},
 		{"node.db", func(t *testing.T) func() {
-			lock, err := node.TryLock(h.StateDir(), "node.db.lock")
-			must(t, err)
+			var lock *node.Lock
+			eventually(t, "node.db is free", func() (err error) {
+				lock, err = node.TryLock(h.StateDir(), "node.db.lock")
+				return err
+			})
 			return func() { must(t, lock.Unlock()) }
 		}},
 		{"the store", func(t *testing.T) func() {

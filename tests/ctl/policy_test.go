@@ -24,6 +24,7 @@ import (
 	"github.com/caracal-net/caracal/enforce"
 	"github.com/caracal-net/caracal/maps"
 	"github.com/caracal-net/caracal/node"
+	"github.com/caracal-net/caracal/tests/testenv"
 )
 
 // enforce FILE: puts policies in force without an agent, and no others.
@@ -64,18 +65,7 @@ func serve(ts *testscript.TestScript, _ bool, args []string) {
 		return err
 	}))
 	ts.Defer(func() { l.Close() })
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				io.Copy(c, c) // until the other side closes
-			}()
-		}
-	}()
+	go testenv.Echo(l)
 }
 
 // connect POD POD PORT: a connection is made, used, and held until the script ends. ! connect: none comes about.

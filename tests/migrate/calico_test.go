@@ -9,8 +9,8 @@
 //	    +------- switch --------+
 //
 // What Calico makes on a host is made here as its CNI plugin, its agent and its image make it (veth pairs, sysctls, routes,
-// result cache, firewall, files; dataplane_linux.go and the manifests), because the plugin itself can't be built from the module proxy.
-// BIRD is the real one, and so is all that converts.
+// result cache, firewall, files; dataplane_linux.go and the manifests), so that it can be made in many ways. BIRD is the real one, and so
+// is all that converts. tests/kubernetes has Calico's own plugin.
 package migrate
 
 import (
@@ -384,24 +384,8 @@ func (p *pod) connectTo(name, space string, to netip.Addr) *talk {
 		l, err = listen.Listen(t.Context(), "tcp", netip.AddrPortFrom(to, 0).String())
 		return err
 	}))
-	go func() {
-		c, err := l.Accept()
-		l.Close()
-		if err != nil {
-			return
-		}
-		defer c.Close()
-		buf := make([]byte, 64)
-		for {
-			n, err := c.Read(buf)
-			if err != nil {
-				return
-			}
-			if _, err := c.Write(buf[:n]); err != nil {
-				return
-			}
-		}
-	}()
+	t.Cleanup(func() { l.Close() })
+	go testenv.Echo(l)
 	var c net.Conn
 	must(t, netns.Do(p.netns(), func() (err error) {
 		c, err = (&net.Dialer{Timeout: 10 * time.Second}).DialContext(t.Context(), "tcp", l.Addr().String())

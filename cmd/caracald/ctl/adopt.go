@@ -190,21 +190,6 @@ func (o *adoptOptions) take(ctx context.Context, a *cni.Adoption, pods []*cni.Ca
 	return err
 }
 
-// readPolicy reads what the store says that is about policy.
-func (o *adoptOptions) readPolicy(ctx context.Context, s store.Store) error {
-	for _, kind := range api.Kinds {
-		if !enforce.Concerns(kind) {
-			continue
-		}
-		all, err := list(ctx, s, kind, "", nil)
-		if err != nil {
-			return err
-		}
-		o.resources = append(o.resources, all...)
-	}
-	return nil
-}
-
 // rename gives the pods' endpoints, which Calico has published, the names that this node's agent will publish them under: so labels,
 // ports, profiles and service accounts stay with the pods.
 func (o *adoptOptions) rename(ctx context.Context, nodeName string, pods []*cni.CalicoPod) error {
@@ -299,7 +284,7 @@ func (o *adoptOptions) adoption(ctx context.Context) (*cni.Adoption, error) {
 				a.Pools = append(a.Pools, *p)
 			}
 		}
-		if err := o.readPolicy(ctx, s); err != nil {
+		if o.resources, err = policyResources(ctx, s); err != nil {
 			return err
 		}
 		claims, err := agent.Blocks(ctx, s)

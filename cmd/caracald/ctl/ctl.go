@@ -58,6 +58,7 @@ func usagef(format string, args ...any) error { return usageError{fmt.Errorf(for
 type globals struct {
 	stateDir, bpffsDir, bootIDFile string
 	config, socket                 string
+	kubeconfig, context            string
 	output                         format
 }
 
@@ -91,12 +92,15 @@ Reading commands change nothing. Exit code 0: done; 1: an error, or a check foun
 	f.StringVar(&g.bpffsDir, "bpffs-dir", FromEnv("CARACAL_BPFFS_DIR", cni.DefaultBPFFSDir), "`DIR` that holds the pinned maps and programs (env CARACAL_BPFFS_DIR)")
 	f.StringVar(&g.bootIDFile, "boot-id-file", os.Getenv("CARACAL_BOOT_ID_FILE"), "`FILE` with the boot id of a simulated node (env CARACAL_BOOT_ID_FILE)")
 	f.StringVarP(&g.config, "config", "c", os.Getenv("CARACAL_CONFIG"), "`FILE` that says where resources are stored, shaped like calicoctl.cfg (env CARACAL_CONFIG); none: "+DefaultConfigFile+" or /etc/calico/calicoctl.cfg if there is one, else this machine alone")
+	f.StringVar(&g.kubeconfig, "kubeconfig", "", "`FILE` that says where a cluster's Kubernetes API is, which the store is then (else KUBECONFIG, where nothing says another store)")
+	f.StringVar(&g.context, "context", "", "`NAME` of the kubeconfig's context; none: its current one")
 	f.StringVar(&g.socket, "socket", FromEnv("CARACAL_SOCKET", cni.DefaultSocket), "the agent's `SOCKET` (env CARACAL_SOCKET)")
 	f.VarP(&g.output, "output", "o", "table, json or yaml")
 	complete(cmd, "output", formats...)
 	cmd.AddCommand(
 		newPodsCommand(g),
 		newRoutesCommand(g),
+		newServicesCommand(g),
 		newFlowsCommand(g),
 		newCountersCommand(g),
 		newWhyCommand(g),

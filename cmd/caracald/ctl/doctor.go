@@ -46,6 +46,7 @@ var checks = []struct {
 	{"sysctls", (*doctor).checkSysctls},
 	{"pods", (*doctor).checkPods},
 	{"addresses", (*doctor).checkAddresses},
+	{"kubernetes", (*doctor).checkKubernetes},
 	{"uplinks", (*doctor).checkUplinks},
 	{"routes", (*doctor).checkRoutes},
 	{"masquerade", (*doctor).checkMasquerade},

@@ -60,6 +60,10 @@ func (d *doctor) checkProbes() error {
 		d.skipped("no pod of this node lives that could send probes")
 		return nil
 	}
+	if closed(from) {
+		d.skipped(toEnter)
+		return nil
+	}
 	probes := d.destinations(from)
 	var all sync.WaitGroup
 	limit := make(chan struct{}, 32) // sockets at a time

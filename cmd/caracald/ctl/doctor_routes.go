@@ -64,11 +64,51 @@ func (d *doctor) checkUplinks() error {
 				"%v, though other nodes, or the outside of masqueraded pods, are behind it", err)
 		}
 	}
+	if err := d.wantWaysOut(names); err != nil {
+		return err
+	}
 	switch {
 	case len(names) == 0:
 		d.skipped("this node knows of no other node, and masquerades no pod")
 	case d.silent():
 		d.ok("up, with the programs attached: %s", strings.Join(names, ", "))
+	}
+	return nil
+}
+
+// wantWaysOut names the interfaces by which what pods send to Services may leave that do not carry the programs.
+func (d *doctor) wantWaysOut(carry []string) error {
+	if d.maps == nil || d.mapsErr != nil {
+		return nil
+	}
+	services, err := d.maps.Services()
+	if errors.Is(err, maps.ErrNotLoaded) || err == nil && len(services) == 0 {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var pools []netip.Prefix
+	for _, r := range d.routes {
+		if r.Kind == maps.RoutePool {
+			pools = append(pools, r.Prefix)
+		}
+	}
+	ways, others, err := cni.WaysOut(&netlink.Handle{}, pools)
+	if err != nil {
+		return err
+	}
+	for _, name := range slices.Sorted(stdmaps.Keys(ways)) {
+		if !slices.Contains(carry, name) {
+			d.found(statusWarn, name, "caracald --uplink leaves it out: add it, or give no --uplink; an interface that is new the agent takes in a moment",
+				"what pods send to Services and a route leads out of it is not judged by policy")
+		}
+	}
+	for _, name := range others {
+		if !slices.Contains(carry, name) {
+			d.found(statusWarn, name, fmt.Sprintf("where backends of Services are behind it and policy is to keep pods from them, drop such packets: nft add rule inet filter forward oifname %s meta mark and 0x200000 != 0 drop", name),
+				"it carries no Ethernet frames, or has no address: what pods send to Services and a route leads out of it is not judged by policy")
+		}
 	}
 	return nil
 }

@@ -1,6 +1,7 @@
 package ctl
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -14,6 +15,7 @@ import (
 	"github.com/caracal-net/caracal/maps"
 	"github.com/caracal-net/caracal/node"
 	"github.com/caracal-net/caracal/policy"
+	"github.com/caracal-net/caracal/store"
 )
 
 // told is what this node was told of policy last, as policy.db has it.
@@ -55,9 +57,10 @@ func (g *globals) told(cmd *cobra.Command) (*told, error) {
 // enforced is what this node was told, with what the maps call it.
 type enforced struct {
 	*told
-	pods  []pod                   // of this node
-	weps  []api.Resource          // of all nodes
-	rules map[uint32]enforce.Rule // by their ids in the maps
+	pods   []pod                   // of this node
+	remote []remotePod             // of all nodes
+	rules  map[uint32]enforce.Rule // by their ids in the maps
+	hosts  map[netip.Addr]string   // nodes by their addresses, where all is from the store
 }
 
 func (g *globals) enforced(cmd *cobra.Command) (*enforced, error) {
@@ -69,13 +72,81 @@ func (g *globals) enforced(cmd *cobra.Command) (*enforced, error) {
 	for _, l := range t.local {
 		e.pods = append(e.pods, recorded(l))
 	}
-	for _, r := range t.resources {
-		if _, is := r.Spec.(*api.WorkloadEndpoint); is {
-			e.weps = append(e.weps, r)
-		}
-	}
+	e.findRemote()
 	e.rules, err = g.ruleNames(cmd, t)
 	return e, err
+}
+
+// findRemote finds the pods of all nodes in the resources.
+func (e *enforced) findRemote() {
+	for _, r := range e.resources {
+		switch spec := r.Spec.(type) {
+		case *api.WorkloadEndpoint:
+			e.remote = append(e.remote, remotePod{pod{PodName: spec.Pod, PodNamespace: r.Metadata.Namespace, ContainerID: spec.ContainerID, IfName: spec.Endpoint}, spec.Node, r.Metadata.Name})
+			for _, n := range spec.IPNetworks {
+				p := &e.remote[len(e.remote)-1]
+				p.Addresses = append(p.Addresses, n.Addr())
+			}
+		case *api.Pod:
+			e.remote = append(e.remote, remotePod{pod{PodName: r.Metadata.Name, PodNamespace: r.Metadata.Namespace, Addresses: spec.IPs}, spec.Node, r.Metadata.Name})
+		}
+	}
+}
+
+// ofStore is what the store says, of which no node was told here.
+func (g *globals) ofStore(cmd *cobra.Command) (*enforced, error) {
+	ctx := cmd.Context()
+	e := &enforced{told: &told{}, hosts: make(map[netip.Addr]string)}
+	err := g.withStore(ctx, func(s store.Store) (err error) {
+		if e.resources, err = policyResources(ctx, s); err != nil {
+			return err
+		}
+		kind, err := api.FindKind("Node")
+		if err != nil {
+			return err
+		}
+		nodes, err := list(ctx, s, kind, "", nil)
+		for _, r := range nodes {
+			if n, is := r.Spec.(*api.Node); is {
+				for _, a := range n.Addresses {
+					if at, err := netip.ParseAddr(a.Address); err == nil {
+						e.hosts[at.Unmap()] = r.Metadata.Name
+					}
+				}
+			}
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	if e.model, e.leftOut = enforce.Model("", e.resources, nil); e.leftOut != nil {
+		warn(cmd, "left out, as nodes do: %v", e.leftOut)
+	}
+	e.findRemote()
+	return e, nil
+}
+
+// policyResources are all resources in the store that are about policy.
+func policyResources(ctx context.Context, s store.Store) ([]api.Resource, error) {
+	var all []api.Resource
+	for _, kind := range api.Kinds {
+		if !enforce.Concerns(kind) {
+			continue
+		}
+		of, err := list(ctx, s, kind, "", nil)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, of...)
+	}
+	return all, nil
+}
+
+// remotePod is a pod as the store has it: a WorkloadEndpoint, or a Pod of Kubernetes.
+type remotePod struct {
+	pod
+	node, name string // name of the resource
 }
 
 // ruleNames says what the rule ids in the maps stand for: the agent knows; without one the same policy is compiled again.
@@ -151,20 +222,30 @@ func (e *enforced) parties(arg string) []party {
 			found = append(found, party{Name: p.title(), Addresses: p.Addresses})
 		}
 	}
-	for _, r := range e.weps {
-		spec := r.Spec.(*api.WorkloadEndpoint)
-		if spec.Node == e.node {
+	for _, p := range e.remote {
+		if p.node == e.node && e.node != "" {
 			continue
 		}
-		p := pod{PodName: spec.Pod, PodNamespace: r.Metadata.Namespace, ContainerID: spec.ContainerID, IfName: spec.Endpoint}
-		for _, n := range spec.IPNetworks {
-			p.Addresses = append(p.Addresses, n.Addr())
-		}
-		if p.matches(arg) || arg == r.Metadata.Name || arg == r.Metadata.FullName() {
-			found = append(found, party{Name: p.title(), Node: spec.Node, Addresses: p.Addresses})
+		if arg != "" && (p.matches(arg) || arg == p.name || arg == p.PodNamespace+"/"+p.name) {
+			found = append(found, party{Name: p.title(), Node: p.node, Addresses: p.Addresses})
 		}
 	}
 	return found
+}
+
+// knows and lists say of whom pods are known, and what lists them.
+func (e *enforced) knows() string {
+	if e.hosts != nil {
+		return "the store knows"
+	}
+	return "this node knows"
+}
+
+func (e *enforced) lists() string {
+	if e.hosts != nil {
+		return "caracalctl get pods -A or get workloadendpoints -A"
+	}
+	return "caracalctl pods"
 }
 
 // party finds the one pod that an argument names, or the address that it is.
@@ -183,7 +264,7 @@ func (e *enforced) party(arg string) (party, error) {
 	}
 	switch len(found) {
 	case 0:
-		return party{}, fmt.Errorf("%q: no pod that this node knows has that name or container id, and it is no address; see caracalctl pods", arg)
+		return party{}, fmt.Errorf("%q: no pod that %s has that name or container id, and it is no address; see %s", arg, e.knows(), e.lists())
 	case 1:
 		return found[0], nil
 	}

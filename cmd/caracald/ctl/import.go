@@ -25,10 +25,10 @@ type importReport struct {
 func newImportCalicoCommand(g *globals) *cobra.Command {
 	o := &importOptions{globals: g}
 	cmd := &cobra.Command{
-		Use:   "import -f FILE",
+		Use:   "import -f FILE | --from-kubernetes",
 		Short: "Take over what Calico's datastore has",
 		Long: `import reads what calicoctl exports ("get ... -o yaml", "datastore migrate export"), and Calico's resources of a Kubernetes
-cluster, and writes what Caracal has too into the store: pools, nodes, BGP, policies, sets, and which node has which block of
+cluster (what kubectl prints of them; or all, from the API itself), and writes what Caracal has too into the store: pools, nodes, BGP, policies, sets, and which node has which block of
 addresses. It says of every resource what became of it, with its line, and of every field that was not taken as it is.
 
 When something can't be taken over that would be missed, nothing is written; with --skip the rest is. Blocks are written first, so
@@ -38,11 +38,13 @@ that agents that run already take none of them. Repeated, it changes what differ
 Exit code 1: something can't be taken over, or nothing was written for another reason.`,
 		Example: `  calicoctl datastore migrate export | caracalctl import -f - --dry-run
   caracalctl import -f export.yaml --ipip vxlan
-  caracalctl import -f export.yaml --skip -o json`,
+  caracalctl import -f export.yaml --skip -o json
+  caracalctl import --from-kubernetes --kubeconfig ~/.kube/config --dry-run`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return o.run(cmd) },
 	}
 	fileFlag(cmd, &o.file)
+	cmd.Flags().BoolVar(&o.kubernetes, "from-kubernetes", false, "read Calico's resources from the Kubernetes API")
 	cmd.Flags().BoolVar(&o.dryRun, "dry-run", false, "write nothing, only say what would be")
 	cmd.Flags().BoolVar(&o.skip, "skip", false, "leave out what can't be taken over")
 	cmd.Flags().StringVar(&o.ipip, "ipip", "", "what takes the place of IPIP: `vxlan`, or none")
@@ -54,19 +56,20 @@ type importOptions struct {
 	*globals
 	file, ipip   string
 	dryRun, skip bool
+	kubernetes   bool
 }
 
 func (o *importOptions) run(cmd *cobra.Command) error {
 	if o.ipip != "" && o.ipip != "vxlan" && o.ipip != "none" {
 		return usagef("--ipip %q: vxlan or none", o.ipip)
 	}
-	data, err := readFile(cmd, o.file)
+	data, from, err := o.read(cmd)
 	if err != nil {
 		return err
 	}
-	im := &importer{ipip: o.ipip, skip: o.skip}
+	im := &importer{ipip: o.ipip, skip: o.skip, live: o.kubernetes}
 	if err := im.read(data); err != nil {
-		return fmt.Errorf("%s: %w", o.file, err)
+		return fmt.Errorf("%s: %w", from, err)
 	}
 	return o.withStore(cmd.Context(), func(s store.Store) error {
 		if err := im.compare(cmd.Context(), s); err != nil {
@@ -95,6 +98,19 @@ func (o *importOptions) run(cmd *cobra.Command) error {
 	})
 }
 
+// read reads Calico's resources, and says from where.
+func (o *importOptions) read(cmd *cobra.Command) (data []byte, from string, err error) {
+	switch {
+	case !o.kubernetes:
+		data, err = readFile(cmd, o.file)
+		return data, o.file, err
+	case o.file != "":
+		return nil, "", usagef("-f and --from-kubernetes exclude each other")
+	}
+	data, err = o.fromKubernetes(cmd.Context())
+	return data, "the Kubernetes API", err
+}
+
 // impossible counts what can't be.
 func (im *importer) impossible() int {
 	n := 0
@@ -117,6 +133,15 @@ func (im *importer) table() *table {
 		t.add(it.Line, it.Kind+" "+it.Name, it.Result, it.Why)
 		for _, f := range it.Fields {
 			t.add(f.Line, "  "+f.Field, f.Result, f.Why)
+		}
+	}
+	if im.live { // nobody sees lines
+		for _, row := range append([][]string{t.head}, t.rows...) {
+			copy(row, row[1:])
+		}
+		t.head = t.head[:3]
+		for i := range t.rows {
+			t.rows[i] = t.rows[i][:3]
 		}
 	}
 	return t
@@ -184,7 +209,7 @@ func (it *importedItem) kv() (key string, text []byte, err error) {
 	switch {
 	case it.claim != nil:
 		text, err = json.Marshal(it.claim)
-		return agent.BlockKey(it.claim.CIDR), text, err
+		return api.BlockKey(it.claim.CIDR), text, err
 	case it.resource != nil:
 		text, err = json.Marshal(it.resource)
 		return it.resource.Key(), text, err

@@ -136,6 +136,7 @@ var fieldRules = map[string][]fieldRule{
 type importer struct {
 	ipip string // what IPIPMode becomes: "vxlan", "none"; "": it can't be
 	skip bool   // what can't be is left out
+	live bool   // it is from the API, not a file that people have
 
 	items  []*importedItem
 	blocks map[netip.Prefix]*calicoBlock
@@ -158,7 +159,26 @@ func (im *importer) read(data []byte) error {
 	for _, item := range items {
 		im.take(item)
 	}
+	im.countHandles()
 	return nil
+}
+
+// countHandles makes one item of all IPAMHandles: there is one for each pod.
+func (im *importer) countHandles() {
+	var first *importedItem
+	n := 0
+	im.items = slices.DeleteFunc(im.items, func(it *importedItem) bool {
+		if it.Kind != "IPAMHandle" || it.Result != noEffect || strings.HasPrefix(it.Name, "(") {
+			return false
+		}
+		if n++; first == nil {
+			first = it
+		}
+		return it != first
+	})
+	if n > 1 {
+		first.Name = fmt.Sprintf("(%d of them)", n)
+	}
 }
 
 // lost is the result of what can't be.
@@ -500,6 +520,9 @@ func (im *importer) block(it *importedItem, b blockSpec) {
 		}
 		known.node = max(known.node, host)
 		it.Result, it.Why = noEffect, fmt.Sprintf("line %d says it already", known.item.Line)
+		if im.live {
+			it.Why = "an IPAMBlock, or another, says it already"
+		}
 	}
 	for ordinal, index := range b.Allocations {
 		if index == nil || ordinal >= (node.Block{CIDR: cidr}).Size() || *index < 0 || *index >= len(b.Attributes) {

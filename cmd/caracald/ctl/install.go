@@ -35,11 +35,12 @@ const imageVariable = "CARACAL_IMAGE"
 
 const ipv6PoolVariable = "CALICO_IPV6POOL_CIDR"
 
-// installVariables are the variables that stand for a flag; all but CNI_BIN_DIR and CARACAL_CALICO_NAMES are Calico's.
+// installVariables are the variables that stand for a flag; all but CNI_BIN_DIR and those that begin with CARACAL are Calico's.
 var installVariables = []struct{ name, flag string }{
 	{"CALICO_IPV4POOL_CIDR", "pool"},
 	{ipv6PoolVariable, "pool"},
 	{"CALICO_IPV4POOL_NAT_OUTGOING", "masquerade"},
+	{"CALICO_IPV4POOL_VXLAN", "vxlan"},
 	{"CNI_MTU", "mtu"},
 	{"CNI_BIN_DIR", "bin-dir"},
 	{"CNI_NET_DIR", "conf-dir"},
@@ -50,14 +51,17 @@ var installVariables = []struct{ name, flag string }{
 	{"SLEEP", "sleep"},
 	{"CARACAL_CALICO_NAMES", "calico-names"},
 	{"LOG_FILE_PATH", "log-file"},
+	{"CARACAL_POLICY_UNKNOWN", "policy-unknown"},
+	{"CARACAL_DEFER_NETWORK", "defer-network"},
 }
 
 type installOptions struct {
 	*globals
 	from, binDir, confDir, confName, confFile, health, logFile string
+	vxlan, policyUnknown                                       string
 	pools, skip                                                []string
 	mtu                                                        int
-	cluster, masquerade, update, calicoNames                   bool
+	cluster, masquerade, update, calicoNames, deferNetwork     bool
 	agent, sleep, force, dryRun                                bool
 	wait                                                       time.Duration
 
@@ -106,6 +110,9 @@ Calico's placeholders (__CNI_MTU__, __KUBERNETES_NODE_NAME__, ...). Flags have t
 	f.StringSliceVar(&o.pools, "pool", []string{defaultPool}, "`CIDR` that pods get addresses from, one of each family at most (repeatable)")
 	f.BoolVar(&o.cluster, "cluster", false, "addresses come from the store's pools, as the agent claims them, also where the store is this machine's alone")
 	f.BoolVar(&o.masquerade, "masquerade", true, "pods leave for the outside with the host's address")
+	f.StringVar(&o.vxlan, "vxlan", "", "`MODE` of the pools that install makes: Always, CrossSubnet or Never; empty: Never")
+	f.StringVar(&o.policyUnknown, "policy-unknown", "", "`VERDICT` on a pod whose policy is not known: allow or deny; empty: the plugin's own, allow")
+	f.BoolVar(&o.deferNetwork, "defer-network", false, "leave the network in --state-dir, for an agent to put in place once pods can be added (caracald --network)")
 	f.IntVar(&o.mtu, "mtu", 0, "MTU of pods, bytes; 0: that of the interface with the default route")
 	f.StringVar(&o.logFile, "log-file", defaultCNILog, "`FILE` that the plugin logs to beside stderr; empty: none, as with CALICO_DISABLE_FILE_LOGGING=true")
 	f.BoolVar(&o.calicoNames, "calico-names", o.image, "also under the names calico and calico-ipam")
@@ -136,7 +143,7 @@ func (o *installOptions) run(cmd *cobra.Command) error {
 		return err
 	}
 	var err error
-	if o.store, err = storeConfig(o.config, o.stateDir); err != nil {
+	if o.store, err = storeConfig(configFile(o.config), o.stateDir); err != nil {
 		if os.Getenv("ETCD_ENDPOINTS") != "" {
 			err = fmt.Errorf("ETCD_ENDPOINTS: %w", err)
 		}
@@ -182,7 +189,7 @@ func (o *installOptions) run(cmd *cobra.Command) error {
 }
 
 // clustered tells whether the network's addresses are those that the agent claims in the store.
-func (o *installOptions) clustered() bool { return o.cluster || o.store.Type == config.Etcd }
+func (o *installOptions) clustered() bool { return o.cluster || o.store.Type != config.Bolt }
 
 // environment takes what no flag says from the variables.
 func (o *installOptions) environment(flags *pflag.FlagSet) error {
@@ -278,6 +285,9 @@ func (o *installOptions) checkFlags() error {
 		if d.path != "" && !filepath.IsAbs(d.path) {
 			bad(d.flag, "%q: not an absolute path", d.path)
 		}
+	}
+	if !slices.Contains([]string{"", "allow", "deny"}, o.policyUnknown) {
+		bad("policy-unknown", "%q: allow or deny", o.policyUnknown)
 	}
 	if o.agent && o.image {
 		bad("agent", "it is for the host itself; in a container run caracald")

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/caracal-net/caracal/agent"
 	"github.com/caracal-net/caracal/deploy"
 	"github.com/caracal-net/caracal/internal/atomicfile"
 )
@@ -165,8 +166,15 @@ func (o *installOptions) plan(network []byte) ([]item, error) {
 			items = append(items, item{Kind: "settings", Name: agentFile, text: settings, mode: 0o600})
 		}
 	}
-	items = append(items, item{Kind: "network", Name: filepath.Join(o.confDir, o.confName), text: network, mode: 0o600})
 	var foreign []string
+	place := item{Kind: "network", Name: filepath.Join(o.confDir, o.confName), text: network, mode: 0o600}
+	if o.deferNetwork {
+		if _, err := os.Lstat(place.Name); err == nil && !o.force && !ours(place, o.binDir) {
+			foreign = append(foreign, place.Name)
+		}
+		place.Name = filepath.Join(o.stateDir, agent.DeferredNetwork)
+	}
+	items = append(items, place)
 	for n := range items {
 		i := &items[n]
 		if i.Done != "" {

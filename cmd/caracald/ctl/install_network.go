@@ -34,9 +34,12 @@ func (o *installOptions) ipPools() ([]api.IPPool, error) {
 		if err != nil {
 			return nil, fmt.Errorf("%s: %q is not a CIDR such as %s", o.by("pool"), s, defaultPool)
 		}
-		p, err := api.IPPool{CIDR: cidr, NATOutgoing: o.masquerade}.Defaulted()
+		p, err := api.IPPool{CIDR: cidr, NATOutgoing: o.masquerade, VXLANMode: o.vxlan}.Defaulted()
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", o.by("pool"), err)
+		}
+		if err := p.Complete(""); err != nil {
+			return nil, fmt.Errorf("%s: %w", o.by("vxlan"), err)
 		}
 		if v6 := cidr.Addr().Is6(); families[v6] {
 			return nil, fmt.Errorf("%s: two pools of one family; install makes one, caracalctl apply makes more", o.by("pool"))
@@ -95,7 +98,11 @@ func (o *installOptions) network(cmd *cobra.Command, pools []api.IPPool) ([]byte
 }
 
 func (o *installOptions) hasPlugin(name string) bool {
-	_, err := os.Stat(filepath.Join(o.binDir, name))
+	stat := os.Stat
+	if o.image {
+		stat = os.Lstat // what a link leads to need not be mounted here
+	}
+	_, err := stat(filepath.Join(o.binDir, name))
 	return err == nil
 }
 
@@ -107,6 +114,9 @@ func (o *installOptions) writeNetwork(cmd *cobra.Command, pools []api.IPPool) ([
 		Cluster   bool           `json:"cluster,omitempty"`
 		IPv4Pools []netip.Prefix `json:"ipv4_pools,omitempty"`
 		IPv6Pools []netip.Prefix `json:"ipv6_pools,omitempty"`
+	}
+	type policy struct {
+		Unknown string `json:"unknown"`
 	}
 	type plugin struct {
 		Type         string       `json:"type"`
@@ -120,10 +130,14 @@ func (o *installOptions) writeNetwork(cmd *cobra.Command, pools []api.IPPool) ([
 		LogMaxCount  int          `json:"log_file_max_count,omitempty"`
 		LogLevel     string       `json:"log_level,omitempty"`
 		IPAM         *ipam        `json:"ipam,omitempty"`
+		Policy       *policy      `json:"policy,omitempty"`
 	}
 	own := plugin{
 		Type: "caracal", Capabilities: capabilities{"ips": true, "mac": true, "io.kubernetes.cri.pod-annotations": true}, IPMasq: o.masquerade && !o.clustered(), MTU: o.mtu,
 		NodeName: nodeVariable(), LogFile: o.logFile, LogLevel: os.Getenv("LOG_LEVEL"), IPAM: &ipam{Type: "caracal-ipam", Cluster: o.clustered()},
+	}
+	if o.policyUnknown != "" {
+		own.Policy = &policy{o.policyUnknown}
 	}
 	for _, p := range pools {
 		switch {
@@ -247,7 +261,7 @@ func (o *installOptions) preparePools(cmd *cobra.Command, wanted []api.IPPool) e
 	if err != nil {
 		return err
 	}
-	if len(o.pools) == 0 && !o.clustered() {
+	if len(o.pools) == 0 && !o.clustered() || o.deferNetwork { // then the agent makes them
 		return nil
 	}
 	if _, err := os.Stat(o.stateDir); o.image && !o.clustered() && errors.Is(err, fs.ErrNotExist) {

@@ -16,9 +16,11 @@ import (
 	"github.com/caracal-net/caracal/commit"
 	"github.com/caracal-net/caracal/internal/netns"
 	"github.com/caracal-net/caracal/ipam"
+	"github.com/caracal-net/caracal/kube"
 	"github.com/caracal-net/caracal/loader"
 	"github.com/caracal-net/caracal/maps"
 	"github.com/caracal-net/caracal/node"
+	"github.com/caracal-net/caracal/store/config"
 )
 
 // underway is how long an ADD or DEL may take before what it has not done yet counts as missing.
@@ -50,6 +52,7 @@ func newIPAMCheckCommand(g *globals) *cobra.Command {
   stray        an address or block belongs to no pool or block
   miscounted   a block counts other addresses than are held
   dead         an endpoint's network namespace is gone and no DEL came
+  podless      an endpoint is of a pod that Kubernetes has no more, where the store is its API
   interface    an endpoint's interface is missing on the host or in the container
   map          the kernel maps lack an entry, or hold one that belongs to nobody
   program      the programs are not attached to an endpoint's host interface
@@ -148,6 +151,7 @@ func (o *ipamCheckOptions) check(cmd *cobra.Command) (report, error) {
 			return report{}, err
 		}
 	}
+	o.checkPods(cmd, c, all)
 	if c.maps == nil && len(all) > 0 {
 		c.add("map", netip.Addr{}, "", "no programs are pinned in %s", o.bpffsDir)
 	}
@@ -163,6 +167,33 @@ func (o *ipamCheckOptions) check(cmd *cobra.Command) (report, error) {
 		return cmp.Or(cmp.Compare(a.Holder, b.Holder), cmp.Compare(a.Kind, b.Kind), a.Addr.Compare(b.Addr), cmp.Compare(a.Detail, b.Detail))
 	})
 	return c.report, nil
+}
+
+// checkPods asks Kubernetes for the pods of endpoints, if the store is its API.
+func (o *ipamCheckOptions) checkPods(cmd *cobra.Command, c *checking, all []node.Endpoint) {
+	cfg, err := storeConfig(o.config, o.stateDir)
+	if err != nil || cfg.Type != config.Kubernetes || len(all) == 0 {
+		return
+	}
+	s, err := kube.Open(cfg.Kubernetes)
+	if err != nil {
+		warn(cmd, "pods are not compared with Kubernetes's: %v", err)
+		return
+	}
+	defer s.Close()
+	for _, e := range all {
+		if e.PodUID == "" || e.Docker != nil || time.Since(e.Created).Abs() < underway {
+			continue
+		}
+		exists, err := s.PodExists(cmd.Context(), e.PodNamespace, e.PodName, e.PodUID)
+		if err != nil {
+			warn(cmd, "pods are not compared with Kubernetes's: %v", err)
+			return
+		}
+		if !exists {
+			c.add("podless", netip.Addr{}, e.Key.String(), "Kubernetes has no pod %s/%s with uid %s", e.PodNamespace, e.PodName, e.PodUID)
+		}
+	}
 }
 
 // checking is one check at work.

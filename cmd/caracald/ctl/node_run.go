@@ -32,8 +32,9 @@ func newNodeRunCommand(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "run [-- CARACALD ARGUMENTS]",
 		Short: "Start this node's agent and wait until it has done its work once",
-		Long: `run starts caracald in the background, shows what it logs, and returns when the node is as the store says. It goes on when
-run is interrupted. A service manager does this better: see caracalctl install --agent. With --node-image it runs caracald as a
+		Long: `run starts caracald in the background, shows what it logs, and returns when the node is as the store says and
+knows the way to the pods of the other nodes; for that it waits 5 seconds at most, and says whom it has not heard. caracald goes on
+when run is interrupted. A service manager does this better: see caracalctl install --agent. With --node-image it runs caracald as a
 container, with what it needs of the host and no more; Docker starts it again when it ends.
 
 Exit code 1: it ended again, or was not done in time; it then goes on trying.`,
@@ -103,17 +104,31 @@ func (o *nodeRunOptions) run(cmd *cobra.Command, args []string) error {
 	return o.await(cmd.Context(), out, follow(tail, out), ended)
 }
 
-// await shows the log until the agent is ready.
+// syncTimeout is how long a node that is ready is given to learn the routes of the others.
+const syncTimeout = 5 * time.Second
+
+// await shows the log until the agent is ready and knows the way to the other nodes' pods.
 func (o *nodeRunOptions) await(ctx context.Context, out io.Writer, show func(), ended <-chan error) error {
 	ctx, cancel := context.WithTimeout(ctx, o.timeout)
 	defer cancel()
+	var ready time.Time
 	for {
 		show()
 		s, err := agentStatus(ctx, o.socket)
 		if err == nil && s.Ready && len(s.Problems) == 0 {
-			show()
-			fmt.Fprintln(out, "Caracal node started successfully")
-			return nil
+			if ready.IsZero() {
+				ready = time.Now()
+			}
+			if s.Synced || time.Since(ready) > syncTimeout {
+				show()
+				for _, p := range s.Peers {
+					if !s.Synced && p.Info != "Established" {
+						fmt.Fprintf(out, "The way to the pods behind %s is not known yet (caracalctl node status)\n", p.Address)
+					}
+				}
+				fmt.Fprintln(out, "Caracal node started successfully")
+				return nil
+			}
 		}
 		select {
 		case err := <-ended:

@@ -65,7 +65,7 @@ func (o *nodeRunOptions) configFile() string {
 var agentNames = []string{
 	"DATASTORE_TYPE", "NODENAME", "IP", "IP6", config.Variable, "CARACAL_NODENAME", "CARACAL_LABELS", "CARACAL_MASQUERADE_PORTS", "CARACAL_CONFIG",
 	"CARACAL_STATE_DIR", "CARACAL_BPFFS_DIR", "CARACAL_BOOT_ID_FILE", "CARACAL_SOCKET", "CARACAL_DOCKER", "CARACAL_DOCKER_SCOPE", "CARACAL_DOCKER_ENGINE",
-	"CARACAL_LOG_FILE", "CARACAL_LOG_LEVEL", cni.FormatVariable,
+	"CARACAL_LOG_FILE", "CARACAL_LOG_LEVEL", cni.FormatVariable, "CARACAL_IPAM", "USE_POD_CIDR", "CARACAL_NETWORK",
 }
 
 // agentVariables are the names of the variables that are set here and that caracald reads.

@@ -64,7 +64,7 @@ func newPodsCommand(g *globals) *cobra.Command {
 
 STATE is ready; incomplete when something of it is missing, because an ADD or DEL is at work or did not finish; or dead
 when its network namespace is gone and no DEL came. "caracalctl ipam check" says more.
-POD is a pod's name, namespace/name, the beginning of a container id, an address or a host interface.
+POD is a pod's name, namespace/name, pod/namespace/name, the beginning of a container id, an address or a host interface.
 FLOWS is how many confirmed flows count against the pod, of how many it may have.`,
 		Example: `  caracalctl pods
   caracalctl pods default/web
@@ -265,7 +265,8 @@ func (g *globals) pinned() bool {
 
 // matches tells whether an argument names this pod; an empty one names all.
 func (p pod) matches(arg string) bool {
-	if arg == "" || arg == p.PodName || arg == p.PodNamespace+"/"+p.PodName || arg == p.HostInterface {
+	name, _ := strings.CutPrefix(arg, "pod/") // as kubectl says it
+	if arg == "" || arg == p.HostInterface || name == p.PodName || name == p.PodNamespace+"/"+p.PodName {
 		return true
 	}
 	if a, err := netip.ParseAddr(arg); err == nil {

@@ -16,6 +16,7 @@ import (
 	"github.com/caracal-net/caracal/agent"
 	"github.com/caracal-net/caracal/api"
 	"github.com/caracal-net/caracal/api/manifest"
+	"github.com/caracal-net/caracal/kube"
 	"github.com/caracal-net/caracal/store"
 )
 
@@ -35,6 +36,9 @@ before anything is written.`,
 				return err
 			}
 			return g.withStore(cmd.Context(), func(s store.Store) error {
+				if err := refuseCore(s, all); err != nil {
+					return err
+				}
 				for _, r := range all {
 					done, err := apply(cmd.Context(), s, r)
 					if err != nil {
@@ -48,6 +52,20 @@ before anything is written.`,
 	}
 	fileFlag(cmd, &file)
 	return cmd
+}
+
+// refuseCore refuses to change what is much more in Kubernetes than it is here: with a Namespace everything in it would go.
+func refuseCore(s store.Store, all []api.Resource) error {
+	if _, is := s.(*kube.Store); !is {
+		return nil
+	}
+	for _, r := range all {
+		switch r.Kind.Name {
+		case "Namespace", "ServiceAccount", "Pod", "Service":
+			return fmt.Errorf("%s: it is Kubernetes's own: change or delete it by kubectl; nothing was changed", r)
+		}
+	}
+	return nil
 }
 
 // warnFilters warns of peers that name filters which are not there.
@@ -326,6 +344,9 @@ delete a node only when its host is gone for good, because pods that still run t
 				return usagef("say which: KIND NAME, or -f FILE, whose resources say their namespaces")
 			}
 			return g.withStore(cmd.Context(), func(s store.Store) error {
+				if err := refuseCore(s, victims); err != nil {
+					return err
+				}
 				for _, v := range victims {
 					if err := remove(cmd.Context(), s, v, cmd.OutOrStdout()); err != nil {
 						return fmt.Errorf("%s: %w", v, err)
@@ -366,7 +387,7 @@ func remove(ctx context.Context, s store.Store, r api.Resource, out io.Writer) e
 		if b.Node != r.Metadata.Name {
 			continue
 		}
-		if err := s.Delete(ctx, agent.BlockKey(b.CIDR), b.Revision); err != nil {
+		if err := s.Delete(ctx, api.BlockKey(b.CIDR), b.Revision); err != nil {
 			return fmt.Errorf("release block %s: %w", b.CIDR, err)
 		}
 		fmt.Fprintf(out, "block %s released\n", b.CIDR)

@@ -16,6 +16,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/caracal-net/caracal/agent"
 	"github.com/caracal-net/caracal/bpf"
 	"github.com/caracal-net/caracal/cni"
 	"github.com/caracal-net/caracal/docker"
@@ -30,7 +31,7 @@ import (
 // stateFiles are what Caracal keeps in its state directory.
 var stateFiles = []string{
 	"node.db", "node.db.new", "node.boot", "node.boot.new", "node.broken", "node.db.lock", "settle.lock", "agent.lock", "lock", cni.AdoptLock,
-	"store.db", "store.db.new", "store.db.lock", "policy.db", "policy.db.new", "policy.db.lock", "policy.broken", "policy.lock",
+	"store.db", "store.db.new", "store.db.lock", "policy.db", "policy.db.new", "policy.db.lock", "policy.broken", "policy.lock", agent.DeferredNetwork, agent.Picture, agent.PictureNew,
 }
 
 // removal is one thing that uninstall removed, or would.

@@ -15,7 +15,9 @@ import (
 	"github.com/caracal-net/caracal/agent"
 	"github.com/caracal-net/caracal/api"
 	"github.com/caracal-net/caracal/maps"
+	"github.com/caracal-net/caracal/node"
 	"github.com/caracal-net/caracal/policy"
+	"github.com/caracal-net/caracal/store/config"
 )
 
 // Verdicts of why.
@@ -23,11 +25,12 @@ const (
 	verdictAllowed = "allowed"
 	verdictDenied  = "denied"  // by policy
 	verdictDropped = "dropped" // for another reason
+	verdictService = "service" // judged behind the translation of a Service's address
 )
 
 // explanation answers why.
 type explanation struct {
-	Verdict string `json:"verdict"`          // allowed, denied, dropped
+	Verdict string `json:"verdict"`          // allowed, denied, dropped, service
 	Reason  string `json:"reason,omitempty"` // of a denial or a drop, as counters calls it
 	Why     string `json:"why"`              // in one sentence
 	Counted uint64 `json:"counted"`          // packets that this node has dropped for that reason, whoever's
@@ -37,15 +40,17 @@ type explanation struct {
 	Destination whyEnd    `json:"destination"`
 	ICMPType    *uint8    `json:"icmpType,omitempty"`
 	ICMPCode    *uint8    `json:"icmpCode,omitempty"`
-	Epoch       uint32    `json:"epoch"`           // in which this holds; 0: nothing is loaded
-	Egress      *oneEnd   `json:"egress"`          // of the source; null: it is no pod
-	Ingress     *oneEnd   `json:"ingress"`         // of the destination; likewise
-	Ports       []ports   `json:"ports,omitempty"` // that fare otherwise, where no port was asked for
-	Route       string    `json:"route,omitempty"` // that the packet takes here
-	Flows       []whyFlow `json:"flows"`           // that there are
-	Past        *past     `json:"past,omitempty"`  // null: no agent answers
-	Disagree    []string  `json:"disagree"`        // where the maps say something else than policy
+	Epoch       uint32    `json:"epoch"`             // in which this holds; 0: nothing is loaded
+	Egress      *oneEnd   `json:"egress"`            // of the source; null: it is no pod
+	Ingress     *oneEnd   `json:"ingress"`           // of the destination; likewise
+	Ports       []ports   `json:"ports,omitempty"`   // that fare otherwise, where no port was asked for
+	Route       string    `json:"route,omitempty"`   // that the packet takes here
+	Service     string    `json:"service,omitempty"` // whose address the destination is, namespace/name
+	Flows       []whyFlow `json:"flows"`             // that there are
+	Past        *past     `json:"past,omitempty"`    // null: no agent answers
+	Disagree    []string  `json:"disagree"`          // where the maps say something else than policy
 	Notes       []string  `json:"notes"`
+	Cluster     bool      `json:"cluster,omitempty"` // it is by what the store says alone
 }
 
 // whyEnd is one end of the packet.
@@ -112,29 +117,36 @@ type whyDrop struct {
 	Same bool      `json:"same"` // it is of the protocol and ports that were asked about
 }
 
-type whyOptions struct{ *globals }
+type whyOptions struct {
+	*globals
+	cluster bool // by what the store says, whatever this node was told
+}
 
 func newWhyCommand(g *globals) *cobra.Command {
-	o := &whyOptions{g}
-	return &cobra.Command{
+	o := &whyOptions{globals: g}
+	cmd := &cobra.Command{
 		Use:   "why SRC[:PORT] DST[:PORT[/PROTOCOL]]",
 		Short: "Say whether a connection is allowed, and by what",
 		Long: `why says whether a packet that opens a flow from SRC to DST is allowed or denied now, by which rule of which policy, at which
 end, and which rule it missed by the least; which way it takes and whether something else than policy would drop it; which flows
 there are between the two and what let them in; and, where the agent runs, what was dropped between them, when and how often.
 
-SRC and DST are a pod's name, namespace/name, the beginning of a container id, or any address. PROTOCOL is tcp (the default),
+SRC and DST are a pod's name, namespace/name, pod/namespace/name, the beginning of a container id, or any address. DST may also be a
+Service of Kubernetes, svc/namespace/name: policy is about what kube-proxy translates it to, so each ready backend is judged. PROTOCOL is tcp (the default),
 udp, sctp, icmp, icmpv6 or a number. For ICMP the port is the type, or type.code; without one it is an echo request. Without a
 port the answer is for ports that no rule names, with a list of those that fare otherwise. The source's port matters only
 where a rule asks for it, and to find one flow.
 
 It goes by the policy that this node was told last, and looks the same up in the kernel maps: these decide, and where they say
-something else it says so. Pods of other nodes are judged there too; ask there for what their maps say.
+something else it says so. Pods of other nodes are judged there too; ask there for what their maps say. Where no pod was ever added,
+as on a machine with a kubeconfig alone, it goes by what the store says of pods of all nodes, and names the nodes to ask.
 
 Exit code 1: the maps and policy disagree, or it could not be found out.`,
 		Example: `  caracalctl why web db:5432
   caracalctl why default/web 10.244.1.7:53/udp
   caracalctl why web db/icmp
+  caracalctl why --kubeconfig ~/.kube/config pod/default/web pod/default/db:5432
+  caracalctl why pod/default/web svc/default/db:5432
   caracalctl why 10.244.0.5:40112 '[2001:db8:244::9]:443'
   caracalctl why web db:5432 -o json | jq .ingress.nearest`,
 		Args: func(cmd *cobra.Command, args []string) error {
@@ -145,6 +157,8 @@ Exit code 1: the maps and policy disagree, or it could not be found out.`,
 		},
 		RunE: func(cmd *cobra.Command, args []string) error { return o.run(cmd, args[0], args[1]) },
 	}
+	cmd.Flags().BoolVar(&o.cluster, "cluster", false, "by what the store says now, whatever this node was told; where no node is at hand it is that anyway")
+	return cmd
 }
 
 // settling is how long the maps and policy may disagree before why says so: a change may be under way, and what the ids of new rules
@@ -152,15 +166,10 @@ Exit code 1: the maps and policy disagree, or it could not be found out.`,
 const settling = 1500 * time.Millisecond
 
 func (o *whyOptions) run(cmd *cobra.Command, source, destination string) error {
-	x, err := o.explain(cmd, source, destination)
-	for until := time.Now().Add(settling); err == nil && len(x.Disagree) > 0 && time.Now().Before(until); {
-		select {
-		case <-time.After(settling / 6):
-		case <-cmd.Context().Done():
-			return cmd.Context().Err()
-		}
-		x, err = o.explain(cmd, source, destination)
+	if rest, is := serviceName(destination); is {
+		return o.runService(cmd, source, rest)
 	}
+	x, err := o.settled(cmd, source, destination)
 	if err != nil {
 		return err
 	}
@@ -177,6 +186,20 @@ func (o *whyOptions) run(cmd *cobra.Command, source, destination string) error {
 	return nil
 }
 
+// settled explains, once the maps and policy agree or have had time to.
+func (o *whyOptions) settled(cmd *cobra.Command, source, destination string) (*explanation, error) {
+	x, err := o.explain(cmd, source, destination)
+	for until := time.Now().Add(settling); err == nil && len(x.Disagree) > 0 && time.Now().Before(until); {
+		select {
+		case <-time.After(settling / 6):
+		case <-cmd.Context().Done():
+			return nil, cmd.Context().Err()
+		}
+		x, err = o.explain(cmd, source, destination)
+	}
+	return x, err
+}
+
 // whyCase is what an explanation is made from.
 type whyCase struct {
 	*enforced
@@ -191,7 +214,7 @@ type whyCase struct {
 }
 
 func (o *whyOptions) explain(cmd *cobra.Command, source, destination string) (*explanation, error) {
-	e, err := o.enforced(cmd)
+	e, err := o.sources(cmd)
 	if err != nil {
 		return nil, err
 	}
@@ -202,6 +225,9 @@ func (o *whyOptions) explain(cmd *cobra.Command, source, destination string) (*e
 	c := &whyCase{enforced: e, question: q, explanation: &explanation{Flows: []whyFlow{}, Disagree: []string{}, Notes: []string{}}}
 	if err := c.ends(); err != nil {
 		return nil, err
+	}
+	if e.hosts != nil {
+		return c.explanation, c.bySource()
 	}
 	c.maps, err = o.maps()
 	switch {
@@ -239,6 +265,30 @@ func (o *whyOptions) explain(cmd *cobra.Command, source, destination string) (*e
 	return c.explanation, nil
 }
 
+// sources are what is known here: what this node was told; or what the store says, where there is no node.
+func (o *whyOptions) sources(cmd *cobra.Command) (*enforced, error) {
+	if !o.cluster {
+		e, err := o.enforced(cmd)
+		if !errors.Is(err, node.ErrNoDatabase) {
+			return e, err
+		}
+		if c, errStore := o.storeConfig(); errStore != nil || c.Type == config.Bolt {
+			return nil, err // it would say no more
+		}
+	}
+	return o.ofStore(cmd)
+}
+
+// bySource explains what can be told without a node's maps.
+func (c *whyCase) bySource() error {
+	c.Cluster = true
+	if _, err := c.judge(); err != nil {
+		return err
+	}
+	c.note("this is what policy says by the store; no node was asked for what its maps say")
+	return c.conclude()
+}
+
 func (c *whyCase) note(format string, args ...any) {
 	if text := fmt.Sprintf(format, args...); !slices.Contains(c.Notes, text) {
 		c.Notes = append(c.Notes, text)
@@ -254,6 +304,11 @@ func (c *whyCase) ends() error {
 	to, err := c.party(c.question.destination)
 	if err != nil {
 		return err
+	}
+	for _, p := range []party{from, to} {
+		if len(p.Addresses) == 0 {
+			return fmt.Errorf("%s has no address yet", p.Name)
+		}
 	}
 	find := func(v4 bool) bool {
 		of := func(a netip.Addr) bool { return a.Is4() == v4 }
@@ -432,7 +487,7 @@ func (c *whyCase) conclude() error {
 		c.Verdict, c.Reason, c.Why = verdict, reason, fmt.Sprintf(format, args...)
 	}
 	from, to := holding(c.inMaps, c.Source.Address), holding(c.inMaps, c.Destination.Address)
-	own, err := hostAddresses()
+	own, err := c.ownAddresses()
 	if err != nil {
 		return err
 	}
@@ -466,8 +521,14 @@ func (c *whyCase) conclude() error {
 	switch {
 	case obstacle != "":
 		verdict(verdictDropped, obstacle, "%s", sentence)
+	case c.Service != "":
+		verdict(verdictService, "", "it is an address of Service %s, which this node's proxy translates: policy judges the pod or address behind it; ask about that", c.Service)
 	case from != nil && to != nil && from.IfIndex == to.IfIndex:
 		verdict(verdictAllowed, "", "a pod always reaches itself")
+	case c.Cluster && c.Source.Address == c.Destination.Address:
+		verdict(verdictAllowed, "", "a pod always reaches itself")
+	case c.Cluster && c.Destination.Node != "" && c.hosts[c.Source.Address] == c.Destination.Node:
+		verdict(verdictAllowed, "", "what a process of node %s sends always reaches its pods", c.Destination.Node)
 	case to != nil && slices.Contains(own, c.Source.Address):
 		verdict(verdictAllowed, "", "what a process of this host sends always reaches its pods")
 	case denied(c.Egress, c.Source, "drop_policy_egress"), denied(c.Ingress, c.Destination, "drop_policy_ingress"):
@@ -486,7 +547,7 @@ func (c *whyCase) conclude() error {
 		c.note("no port was given: this is for ports that no rule names")
 		c.otherPorts()
 	}
-	if from == nil && to == nil {
+	if from == nil && to == nil && !c.Cluster {
 		c.note("neither end is a pod of this node, so no packet of it is judged here")
 	}
 	for _, end := range []whyEnd{c.Source, c.Destination} {
@@ -504,6 +565,14 @@ func (c *whyCase) conclude() error {
 		}
 	}
 	return err
+}
+
+// ownAddresses are this host's, if it is a node.
+func (c *whyCase) ownAddresses() ([]netip.Addr, error) {
+	if c.Cluster {
+		return nil, nil
+	}
+	return hostAddresses()
 }
 
 // hostAddresses are this host's own.

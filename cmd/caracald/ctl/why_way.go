@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/caracal-net/caracal/api"
 	"github.com/caracal-net/caracal/cni"
@@ -63,10 +64,24 @@ func (c *whyCase) way(from, to *maps.Pod, own []netip.Addr) (reason, sentence st
 		return noPod, fmt.Sprintf("%s is in a pool, and no node is known that has its block", p.Destination), nil
 	case kind == maps.RouteLocalPod && to == nil:
 		return noPod, fmt.Sprintf("there is a route to %s, but no pod of this node has it", p.Destination), nil
-	case from == nil || p.Protocol == uint8(api.TCP) || p.Protocol == uint8(api.UDP) || c.isICMP():
+	case from == nil:
 		return "", "", nil
 	}
 	inside := slices.Contains([]maps.RouteKind{maps.RouteLocalPod, maps.RouteBlackhole, maps.RoutePool, maps.RouteTunnel}, kind) || r != nil && r.InPool
+	if !inside {
+		s, err := c.maps.FindService(netip.AddrPortFrom(p.Destination, p.TargetPort), strings.ToLower(c.protocol.String()), kind == maps.RouteHost)
+		switch {
+		case err == nil:
+			c.Service, c.Route = s.Name, "to the host's stack, which translates it"
+			return "", "", nil
+		case !errors.Is(err, maps.ErrNotFound) && !errors.Is(err, maps.ErrNotLoaded):
+			return "", "", err
+		}
+	}
+	switch {
+	case p.Protocol == uint8(api.TCP) || p.Protocol == uint8(api.UDP) || c.isICMP():
+		return "", "", nil
+	}
 	masquerade := from.Masquerade4
 	if p.Source.Is6() {
 		masquerade = from.Masquerade6

@@ -48,15 +48,19 @@ func (x *explanation) write(out io.Writer) error {
 		}
 		line(first(i, "ports"), "%s: %s, by %s", p.Ports, p.Verdict, p.By)
 	}
-	line("epoch", "%d", x.Epoch)
+	if !x.Cluster {
+		line("epoch", "%d", x.Epoch)
+	}
 	if x.Route != "" {
 		line("route", "%s", x.Route)
 	}
-	if x.Reason != "" {
+	if x.Reason != "" && !x.Cluster {
 		line("counted", "%d packets of this node were dropped for that reason (caracalctl counters --drops)", x.Counted)
 	}
-	x.writeFlows(line)
-	x.writePast(line)
+	if !x.Cluster {
+		x.writeFlows(line)
+		x.writePast(line)
+	}
 	for i, n := range x.Notes {
 		line(first(i, "note"), "%s", n)
 	}
@@ -110,6 +114,8 @@ func (o *oneEnd) write(line func(string, string, ...any), name string, of whyEnd
 		line("", "  but %s", strings.Join(n.Missed, ", and "))
 	}
 	switch m := o.Maps; {
+	case m == nil && of.Node != "":
+		line("", "it is judged on node %s", of.Node)
 	case m == nil:
 		line("", "it is not judged on this node")
 	case m.PolicyID == 0:
