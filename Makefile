@@ -11,10 +11,10 @@ GOLANGCI := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.5.0
 IMAGE ?= caracal:$(VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: help build image generate test demo bench lint clean
+.PHONY: help build image generate test test-cluster demo bench lint clean
 
 help: ## list these commands
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 build: ## build every binary, static, into bin/
 	@mkdir -p bin
@@ -25,14 +25,24 @@ build: ## build every binary, static, into bin/
 image: build ## build the container image $(IMAGE) with the local Docker (DOCKER=podman: another), no registry
 	deploy/image.sh bin $(IMAGE)
 
-generate: ## compile the eBPF programs and all that follows from them (needs clang-19 and libbpf-dev)
+generate: ## compile the eBPF programs, and write what follows from other files (needs clang-19 and libbpf-dev)
 	cd bpf && $(GO) generate ./...
+	$(GO) generate ./kube
+	deploy/kubernetes/generate.sh
 
 test: build ## install what the tests need (Debian) and run every test; needs root
 	./.ci/packages
 	./.ci/kernels
 	./.ci/nerdctl
-	CARACAL_BIN_DIR=$(CURDIR)/bin CARACAL_NO_SKIPS=1 $(GO) test -count=1 -timeout 20m ./...
+	./.ci/kubernetes
+	CARACAL_BIN_DIR=$(CURDIR)/bin CARACAL_NO_SKIPS=1 $(GO) test -count=1 -timeout 30m ./...
+
+test-cluster: build ## run the tests of whole clusters of Kubernetes, which it builds first (cold: 15 minutes); needs root
+	./.ci/packages
+	./.ci/kubernetes
+	./.ci/flannel
+	./.ci/calico
+	CARACAL_BIN_DIR=$(CURDIR)/bin CARACAL_NO_SKIPS=1 $(GO) test -count=1 -timeout 60m -tags cluster ./tests/kubernetes/... ./tests/kube/...
 
 demo: build ## show pods on one simulated host, then on three and outside; needs Go, root and Linux 6.1
 	@$(GO) run ./tools/demo
