@@ -34,9 +34,9 @@ type Shell func(ctx context.Context, script string) (out string, err error)
 // timeout is how long one command may take.
 const timeout = 60 * time.Second
 
-// Run runs all commands of the document at path in order and fails the test at the first that does not do as the document says.
-// shells has the machines by the names in the prompts.
-func Run(t testing.TB, path string, shells map[string]Shell) {
+// Run runs all commands of the document at path in order, or those in the parts ("## title") that are named, and fails the test at the
+// first that does not do as the document says. shells has the machines by the names in the prompts.
+func Run(t testing.TB, path string, shells map[string]Shell, parts ...string) {
 	t.Helper()
 	text, err := os.ReadFile(path)
 	if err != nil {
@@ -47,8 +47,16 @@ func Run(t testing.TB, path string, shells map[string]Shell) {
 	if err != nil {
 		t.Fatalf("%s: %v", name, err)
 	}
+	for _, p := range parts {
+		if !slices.ContainsFunc(commands, func(c Command) bool { return c.Part == p }) {
+			t.Fatalf("%s: no ```console block below \"## %s\", so there is nothing to run", name, p)
+		}
+	}
 	if len(commands) == 0 {
 		t.Fatalf("%s: no ```console block, so there is nothing to run", name)
+	}
+	if len(parts) > 0 {
+		commands = slices.DeleteFunc(commands, func(c Command) bool { return !slices.Contains(parts, c.Part) })
 	}
 	for _, c := range commands { // all of them before the first is run
 		if _, err := c.shell(shells); err != nil {

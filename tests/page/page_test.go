@@ -149,7 +149,7 @@ func (f *failure) Fatalf(format string, args ...any) {
 }
 
 // runDocument runs a document and returns what it fails with.
-func runDocument(t *testing.T, text string, shells map[string]Shell) string {
+func runDocument(t *testing.T, text string, shells map[string]Shell, parts ...string) string {
 	path := filepath.Join(t.TempDir(), "page.md")
 	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
 		t.Fatal(err)
@@ -161,7 +161,7 @@ func runDocument(t *testing.T, text string, shells map[string]Shell) string {
 				panic(r)
 			}
 		}()
-		Run(f, path, shells)
+		Run(f, path, shells, parts...)
 	}()
 	return f.said
 }
@@ -173,6 +173,13 @@ func TestRun(t *testing.T) {
 	two := map[string]Shell{"h1": sh(t), "h2": sh(t)}
 	if said := runDocument(t, "```console\nh1# echo 1 >$DIR/f\nh2# test -e $DIR/f # exit 1\nh1# cat $DIR/f\n1\n```\n", two); said != "" {
 		t.Error(said)
+	}
+	parts := "```console\n# false\n```\n## One\n```console\n# printf 1 >>$DIR/p\n```\n## Two\n```console\n# printf 2 >>$DIR/p\n```\n## Three\n```console\n# cat $DIR/p\n2\n```\n"
+	if said := runDocument(t, parts, map[string]Shell{"": sh(t)}, "Two", "Three"); said != "" {
+		t.Error(said)
+	}
+	if said := runDocument(t, parts, map[string]Shell{"": sh(t)}, "Four"); !strings.Contains(said, `below "## Four"`) {
+		t.Errorf("a part that is not there: %q", said)
 	}
 	for name, test := range map[string]struct{ block, want string }{
 		"status":       {"h1# echo out; exit 2", "page.md:2: (...) h1# echo out; exit 2\n    out\n...: line 2: exit status 2, want 0"},

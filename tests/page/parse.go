@@ -10,6 +10,7 @@ import (
 // Command is one command of a document and what the document says of it.
 type Command struct {
 	Line       int      // of the prompt, the first is 1
+	Part       string   // title of the part ("## title") that it is in, "" before the first
 	Machine    string   // in the prompt, "" if none is named
 	Script     string   // for sh
 	Exit       int      // status
@@ -35,6 +36,7 @@ func Parse(text string) ([]Command, error) {
 		closer string // of the block that we are in
 		margin int
 		kind   string
+		part   string
 		opened int
 		block  []string
 	)
@@ -52,12 +54,18 @@ func Parse(text string) ([]Command, error) {
 			return nil, fmt.Errorf("line %d: an indented block is not run: make it a console block if these are commands, else a block between ``` lines", n)
 		case closer == "":
 			blank = line == ""
+			if title, ok := strings.CutPrefix(line, "## "); ok {
+				part = title
+			}
 		case m != nil && m[3] == "" && strings.HasPrefix(m[2], closer):
 			closer, blank = "", true
 			if kind == "console" {
 				commands, err := parseBlock(block, opened+1)
 				if err != nil {
 					return nil, err
+				}
+				for i := range commands {
+					commands[i].Part = part
 				}
 				all = append(all, commands...)
 			}
