@@ -435,7 +435,7 @@ func TestPolicyByAgent(t *testing.T) {
 		agent.hang(h)
 		begin := time.Now()
 		p.add()
-		if took := time.Since(begin); took < 2*time.Second || took > 8*time.Second {
+		if took := time.Since(begin); took < 2*time.Second || took > 30*time.Second {
 			t.Errorf("ADD took %s beside an agent that hangs", took)
 		}
 		time.Sleep(100 * time.Millisecond) // 500 packets of each kind

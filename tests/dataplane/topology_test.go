@@ -17,7 +17,7 @@ import (
 
 var serial atomic.Int64
 
-const patience = 3 * time.Second
+const patience = 10 * time.Second
 
 // socket makes a socket in the pod, bound to its address of the destination's family.
 func (p *pod) socket(t testing.TB, kind, port int, v6 bool) int {

@@ -129,7 +129,7 @@ func serve(t testing.TB, p *lab.Pod, port int) {
 
 // How long is waited for what is to come, and for what is not.
 const (
-	patience = 2 * time.Second
+	patience = 10 * time.Second
 	silence  = 250 * time.Millisecond
 )
 
@@ -349,7 +349,7 @@ func testUnseen(t *testing.T, p *podLab) {
 		p.unknown(t, test.unknown)
 		began := time.Now()
 		never := p.add(t, 2, "never", lab.PodOptions{Namespace: test.namespace})
-		if took := time.Since(began); took < time.Second || took > 4*time.Second {
+		if took := time.Since(began); took < time.Second || took > 30*time.Second {
 			t.Errorf("%+v: ADD took %s", test, took)
 		}
 		check(t, client, never, 80, test.want)
