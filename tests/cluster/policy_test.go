@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -263,6 +264,17 @@ func testAgent(p *policyLab) {
 		must(t, c.Namespace().Start(cmd))
 		pings, outs = append(pings, cmd), append(outs, out)
 	}
+	eventually(t, "what ids its rules have is saved", func() error { // which it does a while after they are in force
+		s, err := status(t, h)
+		if err != nil {
+			return err
+		}
+		file, err := os.Stat(filepath.Join(h.StateDir(), "policy.db"))
+		if err == nil && !file.ModTime().After(s.Policy.Since) {
+			err = fmt.Errorf("policy.db is of %s, what is in force of %s", file.ModTime(), s.Policy.Since)
+		}
+		return err
+	})
 	must(t, h.Signal(ctx, "caracald", 9))
 	p.open(80, true, p.far)
 	p.open(80, false, p.near)
