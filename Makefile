@@ -39,7 +39,7 @@ test: build ## install what the tests need (Debian) and run every test; needs ro
 
 test-cluster: build ## run the tests of whole clusters of Kubernetes, which it builds first (cold: 15 minutes); needs root
 	./.ci/packages
-	./.ci/kubernetes
+	./.ci/kubernetes cluster
 	./.ci/flannel
 	./.ci/calico
 	CARACAL_BIN_DIR=$(CURDIR)/bin CARACAL_NO_SKIPS=1 $(GO) test -count=1 -timeout 60m -tags cluster ./tests/kubernetes/... ./tests/kube/...

@@ -262,7 +262,7 @@ func prepare(t testing.TB) (string, error) {
 	}
 	built, err := kubernetes()
 	if err != nil {
-		lab.Skip(t, "needs Kubernetes (.ci/kubernetes builds it): "+err.Error())
+		lab.Skip(t, "needs Kubernetes (.ci/kubernetes cluster builds it): "+err.Error())
 	}
 	dir := testenv.Scratch(t, "kubernetes")
 	for _, name := range []string{"caracal", "caracald"} {
@@ -270,7 +270,7 @@ func prepare(t testing.TB) (string, error) {
 			return "", err
 		}
 	}
-	for _, name := range []string{"hyperkube", "etcd", "kubectl"} {
+	for _, name := range []string{"hyperkube", "kube-apiserver", "etcd", "kubectl"} {
 		if err := link(filepath.Join(built, name), filepath.Join(dir, name)); err != nil {
 			return "", err
 		}
@@ -278,7 +278,7 @@ func prepare(t testing.TB) (string, error) {
 	if err := os.Symlink("caracald", filepath.Join(dir, "caracalctl")); err != nil {
 		return "", err
 	}
-	for _, name := range []string{"kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy"} {
+	for _, name := range []string{"kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy"} {
 		if err := os.Symlink("hyperkube", filepath.Join(dir, name)); err != nil {
 			return "", err
 		}
