@@ -28,7 +28,7 @@ var inside = []struct{ pkg, run string }{
 	{"loader", "^(TestProbe|TestAttach|TestAttachNet|TestAttachNetWithoutTCX|TestWithoutTCX|TestPrivateDir)$"},
 	{"tests/dataplane", "^(TestPackets|TestNetPackets|TestServicePackets)$"},
 	{"tests/dataplane", "^(TestPolicyRows|TestEvents)$/^v6$"},
-	{"tests/dataplane", "^TestServices$/^nft$/^v6=false$/^judged$"},
+	{"tests/dataplane", "^TestServices$/^nft$/^v6=false$/^(judged|to_host|in_turn)$"},
 	{"tests/dataplane", "^TestWhatIf$/^v4$/^no_HTTP"},
 	{"tests/cni", "^TestTTL$"},
 	{"tests/ctl", "^TestScripts$/^pods$"},
