@@ -52,7 +52,7 @@ func testReplaced(t *testing.T, p *podLab) {
 			_, err := h.AddPod(t.Context(), "db-0", lab.PodOptions{UID: first, Env: []string{"CARACAL_FAULT=" + step + ":stop"}})
 			added <- err
 		}()
-		resume := p.stopped(t, step)
+		resume := p.stopped(t, step, added)
 		p.deletePod(t, "default", "db-0")
 		second := p.pod(t, "default", "db-0", "h2", app("web"))
 		p.awaitPolicyDB(t, map[string]string{"db-0": second})
@@ -80,11 +80,16 @@ func testReplaced(t *testing.T, p *podLab) {
 	p.end(t, client, "default")
 }
 
-// stopped waits until an ADD has stopped at a step, and returns what lets it go on.
-func (p *podLab) stopped(t testing.TB, step string) (resume func()) {
+// stopped waits until an ADD has stopped at a step, and returns what lets it go on. added would have how it ended.
+func (p *podLab) stopped(t testing.TB, step string, added <-chan error) (resume func()) {
 	t.Helper()
 	found := 0
 	eventually(t, "an ADD stops at "+step, func() error {
+		select {
+		case err := <-added:
+			t.Fatalf("the ADD did not stop at %s, and ended: %v", step, err)
+		default:
+		}
 		all, err := filepath.Glob("/proc/[0-9]*/environ")
 		if err != nil {
 			return err
