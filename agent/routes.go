@@ -23,7 +23,8 @@ import (
 )
 
 // routes takes what BGP learns to the kernel maps and to the kernel's own table, which mirrors them. A route that an
-// earlier agent of this node left stays until every peer has said what it has.
+// earlier agent of this node left stays until every peer has said what it has; one to a block of a node that is no peer yet, because its
+// first agent has still to begin, until that one has had the time to.
 type routes struct {
 	a    *Agent
 	rtnl *netlink.Handle
@@ -35,6 +36,8 @@ type routes struct {
 	stale   map[netip.Prefix]bool       // written, but the kernel's table has it otherwise, or not at all
 	whole   bool                        // every peer was heard, what is not learned goes
 	look    bool                        // the kernel's table may have changed
+	left    map[netip.Prefix]bool       // written by an earlier agent, and not learned; nobody was asked yet who may know
+	begun   map[string]time.Time        // when a node was first seen to speak BGP; zero: this agent has found it so
 	pools   []api.IPPool                // as they were when routes were written
 	tunnel  tunnel                      // likewise
 	pooled  map[netip.Prefix]maps.Route // what putPools has written
@@ -56,6 +59,7 @@ func newRoutes(a *Agent) *routes {
 	return &routes{
 		a: a, rtnl: &netlink.Handle{},
 		learned: make(map[netip.Prefix]bgp.Route), dirty: make(map[netip.Prefix]bool), stale: make(map[netip.Prefix]bool),
+		left: make(map[netip.Prefix]bool), begun: make(map[string]time.Time),
 		alarms: make(map[bgp.Alarm]Alarm), look: true,
 	}
 }
@@ -169,10 +173,12 @@ func (r *routes) sync(ctx context.Context, v *view, own []netip.Prefix, t tunnel
 	if first {
 		errs = append(errs, r.adopt()...)
 	}
+	r.note(v, first)
 	if whole {
-		r.forgetOld(kernel)
+		r.findOld(kernel)
 	}
 	r.mu.Lock()
+	r.forgetOld(v)
 	todo := r.dirty
 	r.dirty = make(map[netip.Prefix]bool)
 	want := make(map[netip.Prefix]bgp.Route, len(todo))
@@ -495,18 +501,43 @@ func (r *routes) compare(kernel map[netip.Prefix]netlink.Route) {
 	}
 }
 
-// forgetOld marks what the kernel and the maps have of an earlier agent and no peer has said again.
-func (r *routes) forgetOld(kernel map[netip.Prefix]netlink.Route) {
+// note keeps when nodes were first seen to speak BGP.
+func (r *routes) note(v *view, first bool) {
+	now := time.Now()
+	if first {
+		now = time.Time{} // peers from the start: the speaker waits for what they tell
+	}
+	for name, n := range v.nodes {
+		if _, known := r.begun[name]; !known && n.BGP != nil {
+			r.begun[name] = now
+		}
+	}
+}
+
+// findOld finds what the kernel and the maps have of an earlier agent and no peer has said again.
+func (r *routes) findOld(kernel map[netip.Prefix]netlink.Route) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for p := range r.written {
-		if _, ok := r.learned[p]; !ok {
-			r.dirty[p] = true
-		}
+		r.left[p] = true
 	}
 	for p := range kernel {
-		if _, ok := r.learned[p]; !ok {
+		r.left[p] = true
+	}
+}
+
+// forgetOld has such routes taken away, but for those that a node's first agent may still tell. Callers hold mu.
+func (r *routes) forgetOld(v *view) {
+	for p := range r.left {
+		if _, learned := r.learned[p]; !learned {
+			if c, claimed := v.blocks[p]; claimed && c.Node != r.a.Node {
+				begun, has := r.begun[c.Node]
+				if !has || time.Since(begun) < bgp.DefaultRestartTime {
+					continue
+				}
+			}
 			r.dirty[p] = true
 		}
+		delete(r.left, p)
 	}
 }

@@ -1,12 +1,14 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 
@@ -106,4 +108,76 @@ func TestWithdrawnPool(t *testing.T) {
 		}
 		return err
 	})
+}
+
+// TestLeftRoute: what an earlier agent, or Calico, has learned stays until all peers have told theirs; and that to a block of a node whose
+// first agent has still to begin until that one has had the time to.
+func TestLeftRoute(t *testing.T) {
+	prefix, next := netip.MustParsePrefix("10.244.1.0/26"), netip.MustParseAddr("192.0.2.2")
+	claimed := map[netip.Prefix]Claim{prefix: {Block: Block{CIDR: prefix, Node: "h2"}}}
+	known := map[string]*api.Node{"h2": {BGP: &api.NodeBGP{}}}
+	late := time.Now().Add(-bgp.DefaultRestartTime)
+	onHost(t, func(a *Agent) error {
+		for _, test := range []struct {
+			name        string
+			first, then view
+			begun       time.Time
+			stays       bool
+		}{
+			{name: "nobody's"},
+			{name: "a peer's", first: view{blocks: claimed, nodes: known}, then: view{blocks: claimed, nodes: known}},
+			{name: "no peer's yet", first: view{blocks: claimed}, then: view{blocks: claimed}, stays: true},
+			{name: "a new peer's", first: view{blocks: claimed}, then: view{blocks: claimed, nodes: known}, stays: true},
+			{name: "an old peer's", first: view{blocks: claimed}, then: view{blocks: claimed, nodes: known}, begun: late},
+			{name: "its own", first: view{blocks: map[netip.Prefix]Claim{prefix: {Block: Block{CIDR: prefix, Node: "h1"}}}}},
+		} {
+			a.routes = newRoutes(a)
+			a.routes.Learned(bgp.Route{Prefix: prefix, NextHop: next})
+			if err := a.routes.sync(t.Context(), &view{}, nil, tunnel{}); err != nil {
+				return err
+			}
+			a.routes = newRoutes(a) // another agent
+			if err := a.routes.sync(t.Context(), &test.first, nil, tunnel{}); err != nil {
+				return err
+			}
+			if there := hasRoute(t, a, prefix); !there {
+				t.Errorf("%s: it is gone before anybody was heard", test.name)
+			}
+			if !test.begun.IsZero() {
+				a.routes.begun["h2"] = test.begun
+			}
+			a.routes.heardAll()
+			for range 2 {
+				if err := a.routes.sync(t.Context(), &test.then, nil, tunnel{}); err != nil {
+					return err
+				}
+				if there := hasRoute(t, a, prefix); there != test.stays {
+					t.Errorf("%s: stays %v, want %v", test.name, there, test.stays)
+				}
+			}
+			a.routes.Withdrawn(prefix)
+			if err := a.routes.sync(t.Context(), &view{}, nil, tunnel{}); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// hasRoute tells whether the maps have a route, and the kernel too.
+func hasRoute(t *testing.T, a *Agent, prefix netip.Prefix) bool {
+	t.Helper()
+	r, err := a.maps.Route(prefix)
+	if err != nil && !errors.Is(err, maps.ErrNotFound) {
+		t.Error(err)
+	}
+	kernel, err := a.routes.listKernel()
+	if err != nil {
+		t.Error(err)
+	}
+	_, there := kernel[prefix]
+	if there != (r.Kind == maps.RouteRemote) {
+		t.Errorf("the kernel has it: %v, the maps have %s", there, r.Kind)
+	}
+	return there
 }
