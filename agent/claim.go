@@ -246,7 +246,7 @@ func (a *Agent) surplus(pools []api.IPPool, mine []Claim, here local, holds func
 				continue
 			}
 			size := node.Block{CIDR: c.CIDR}.Size()
-			if !recorded && holds(c.CIDR) {
+			if !recorded && !here.overlaps(c.CIDR) && holds(c.CIDR) {
 				continue
 			}
 			if recorded {
@@ -268,7 +268,7 @@ func (a *Agent) surplus(pools []api.IPPool, mine []Claim, here local, holds func
 	return all
 }
 
-// holds tells whether a block that node.db does not know is this node's all the same: this agent has claimed it and could not record
+// holds tells whether a block of which node.db knows nothing is this node's all the same: this agent has claimed it and could not record
 // that, or pods have addresses of it, and node.db was lost.
 func (a *Agent) holds(block netip.Prefix) bool {
 	used, err := commit.BlockInUse(a.maps, block)
@@ -320,6 +320,11 @@ func (r recorded) equal(o recorded) bool {
 
 func (l local) has(cidr netip.Prefix) bool {
 	return slices.ContainsFunc(l.blocks, func(b node.Block) bool { return b.CIDR == cidr })
+}
+
+// overlaps tells whether some of a block's addresses are another block's that node.db has.
+func (l local) overlaps(cidr netip.Prefix) bool {
+	return slices.ContainsFunc(l.blocks, func(b node.Block) bool { return b.CIDR != cidr && b.CIDR.Overlaps(cidr) })
 }
 
 // used is how many of a block's addresses are held.

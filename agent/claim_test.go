@@ -114,6 +114,33 @@ func TestSurplus(t *testing.T) {
 	}
 }
 
+// TestSurplusHeld: what a node holds is not given up because node.db was lost; but somebody's claim of a block around one that node.db
+// has is, whose pods' addresses these are.
+func TestSurplusHeld(t *testing.T) {
+	pool := api.IPPool{CIDR: netip.MustParsePrefix("10.244.0.0/16"), BlockSize: 26}
+	wide, narrow := Claim{Block: Block{netip.MustParsePrefix("10.244.0.0/25"), pool.CIDR, "h1"}}, netip.MustParsePrefix("10.244.0.64/26")
+	for _, test := range []struct {
+		name     string
+		recorded []node.Block
+		held     bool
+		want     []Claim
+	}{
+		{"node.db was lost", nil, true, nil},
+		{"nobody has an address of it", nil, false, []Claim{wide}},
+		{"the addresses are of another block", []node.Block{{CIDR: narrow, Pool: pool.CIDR, Used: 1}}, true, []Claim{wide}},
+	} {
+		a := &Agent{idle: make(map[netip.Prefix]time.Time)}
+		mine := []Claim{wide}
+		for _, b := range test.recorded {
+			mine = append(mine, Claim{Block: Block{b.CIDR, b.Pool, "h1"}})
+		}
+		got := a.surplus([]api.IPPool{pool}, mine, local{blocks: test.recorded}, func(netip.Prefix) bool { return test.held })
+		if !slices.Equal(got, test.want) {
+			t.Errorf("%s: %v are surplus, want %v", test.name, got, test.want)
+		}
+	}
+}
+
 // TestBlockSizeChanged: no block is claimed that has addresses of another's, whatever its size is.
 func TestBlockSizeChanged(t *testing.T) {
 	s, err := bolt.Open(t.TempDir(), bolt.Options{})
