@@ -17,6 +17,7 @@ import (
 	"github.com/caracal-net/caracal/cni"
 	"github.com/caracal-net/caracal/enforce"
 	"github.com/caracal-net/caracal/internal/nl"
+	"github.com/caracal-net/caracal/internal/pause"
 	"github.com/caracal-net/caracal/node"
 	"github.com/caracal-net/caracal/store"
 )
@@ -213,7 +214,7 @@ func (a *Agent) servePod(w http.ResponseWriter, r *http.Request) {
 		if answer.Annotations, answer.Found = a.policies.annotations(q); answer.Found || time.Now().After(deadline) || r.Context().Err() != nil {
 			break
 		}
-		pause(r.Context(), annotationsTick)
+		pause.For(r.Context(), annotationsTick)
 	}
 	a.traced(r, "annotations of a new pod", begin, nil, "namespace", q.Namespace, "pod", q.Name, "found", answer.Found)
 	w.Header().Set("Content-Type", "application/json")

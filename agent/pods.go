@@ -17,6 +17,7 @@ import (
 	"github.com/caracal-net/caracal/api"
 	"github.com/caracal-net/caracal/cni"
 	"github.com/caracal-net/caracal/enforce"
+	"github.com/caracal-net/caracal/internal/pause"
 	"github.com/caracal-net/caracal/node"
 	"github.com/caracal-net/caracal/store"
 )
@@ -150,7 +151,7 @@ func (s *policies) report(ctx context.Context) {
 			}
 			keys, err := s.a.Kubernetes.Reported(ctx, prefixes)
 			if s.a.problem("reports", err); err != nil {
-				pause(ctx, retryTo)
+				pause.For(ctx, retryTo)
 				continue
 			}
 			known = true
@@ -205,11 +206,4 @@ func (a *Agent) reportSpread() time.Duration {
 		nodes = max(1, len(v.nodes))
 	}
 	return time.Duration(nodes) * time.Second / reportsPerSecond
-}
-
-func pause(ctx context.Context, d time.Duration) {
-	select {
-	case <-ctx.Done():
-	case <-time.After(d):
-	}
 }

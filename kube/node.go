@@ -17,6 +17,7 @@ import (
 	apiwatch "k8s.io/apimachinery/pkg/watch"
 
 	"github.com/caracal-net/caracal/api"
+	"github.com/caracal-net/caracal/internal/pause"
 	"github.com/caracal-net/caracal/store"
 )
 
@@ -76,7 +77,7 @@ func (s *Store) WatchSelf(ctx context.Context, changed func()) {
 		if err != nil && ctx.Err() == nil && s.self.failed(err) {
 			changed()
 		}
-		pause(ctx, pauses.Step())
+		pause.For(ctx, pauses.Step())
 	}
 }
 

@@ -19,6 +19,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 
+	"github.com/caracal-net/caracal/internal/pause"
 	"github.com/caracal-net/caracal/store"
 )
 
@@ -53,7 +54,7 @@ func (s *Store) do(ctx context.Context, verb string, k *kind, fn func(context.Co
 		if bounded.Err() == nil || last == nil {
 			last = err
 		}
-		if !again(verb, err) || !pause(bounded, pauses.Step()) {
+		if !again(verb, err) || !pause.For(bounded, pauses.Step()) {
 			return s.explain(ctx, verb, k, last)
 		}
 	}
@@ -65,18 +66,6 @@ func (s *Store) alive(ctx context.Context) error {
 		return store.ErrClosed
 	}
 	return ctx.Err()
-}
-
-// pause waits and tells whether there is time left.
-func pause(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return false
-	case <-t.C:
-		return true
-	}
 }
 
 // named says what was tried.

@@ -16,6 +16,7 @@ import (
 	apiwatch "k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/rest"
 
+	"github.com/caracal-net/caracal/internal/pause"
 	"github.com/caracal-net/caracal/store"
 )
 
@@ -184,7 +185,7 @@ func (w *watch) follow(k *kind, at store.Revision) {
 			}
 		}
 		if err != nil || time.Since(begin) < short {
-			pause(w.open, pauses.Step())
+			pause.For(w.open, pauses.Step())
 		}
 	}
 }
@@ -291,7 +292,7 @@ func (f *follower) take(o runtime.Object, deleted bool) error {
 
 // appear waits until a kind is served, and then tells of all there is of it. It tells whether the watch goes on.
 func (f *follower) appear() bool {
-	for pause(f.open, f.store.cfg.Look+rand.N(f.store.cfg.Look/4+1)) {
+	for pause.For(f.open, f.store.cfg.Look+rand.N(f.store.cfg.Look/4+1)) {
 		var all []store.KV
 		at, err := f.store.listKind(f.open, f.kind, f.prefix, 0, func(kv store.KV) { all = append(all, kv) })
 		if err != nil || at == 0 {

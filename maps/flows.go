@@ -174,7 +174,7 @@ func since(at, then uint64) time.Duration {
 	return time.Duration(at - then)
 }
 
-// port turns a port as it lies in memory, in wire order, into a number.
+// port turns a port as it lies in memory, in wire order, into a number, and a number into that.
 func port(raw uint16) uint16 {
 	var b [2]byte
 	binary.NativeEndian.PutUint16(b[:], raw)

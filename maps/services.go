@@ -1,9 +1,7 @@
 package maps
 
 import (
-	"bytes"
 	"cmp"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -48,8 +46,7 @@ func (m *Maps) Services() ([]Service, error) {
 	defer pinned.Close()
 	var all []Service
 	err = each(pinned, func(k *bpf.DataplaneServiceKey, v *bpf.DataplaneService) {
-		name, _, _ := bytes.Cut(v.Name[:], []byte{0})
-		all = append(all, Service{FromAddress(k.Address), protocolName(k.Protocol), port(k.Port), string(name)})
+		all = append(all, Service{FromAddress(k.Address), protocolName(k.Protocol), port(k.Port), text(v.Name[:])})
 	})
 	if err != nil {
 		return nil, fmt.Errorf("list services: %w", err)
@@ -95,10 +92,8 @@ func (m *Maps) RemoveServices(all []Service) error {
 		return err
 	}
 	defer pinned.Close()
-	for _, k := range keys {
-		if err := remove(pinned, k); err != nil {
-			return fmt.Errorf("remove a service: %w", err)
-		}
+	if err := removeAll(pinned, keys); err != nil {
+		return fmt.Errorf("remove services: %w", err)
 	}
 	return nil
 }
@@ -127,8 +122,7 @@ func (m *Maps) FindService(to netip.AddrPort, protocol string, own bool) (Servic
 		if err != nil {
 			return Service{}, fmt.Errorf("read service: %w", err)
 		}
-		name, _, _ := bytes.Cut(v.Name[:], []byte{0})
-		wanted[i].Name = string(name)
+		wanted[i].Name = text(v.Name[:])
 		return wanted[i], nil
 	}
 	return Service{}, fmt.Errorf("%s/%s: %w", to, protocol, ErrNotFound)
@@ -141,7 +135,7 @@ func serviceKeys(all []Service) ([]bpf.DataplaneServiceKey, error) {
 		if err != nil {
 			return nil, err
 		}
-		keys[i] = bpf.DataplaneServiceKey{Protocol: protocol, Port: binary.NativeEndian.Uint16(binary.BigEndian.AppendUint16(nil, s.Port))}
+		keys[i] = bpf.DataplaneServiceKey{Protocol: protocol, Port: port(s.Port)}
 		if s.Address.IsValid() {
 			keys[i].Address = Address(s.Address)
 		}

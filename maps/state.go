@@ -34,10 +34,9 @@ func (m *Maps) State() (State, error) {
 	if err := m.state.Lookup(uint32(0), &s); err != nil {
 		return State{}, fmt.Errorf("read state: %w", err)
 	}
-	node, _, _ := bytes.Cut(s.Node[:], []byte{0})
 	return State{
 		Epoch: s.Epoch, Version: s.Version, MaxFlows: s.MaxFlows, Flows: s.Flows, NATPorts: Ports{s.NatFirst, s.NatLast}, Tunnel: s.Tunnel,
-		Node: string(node), Build: fmt.Sprintf("%x", s.Build),
+		Node: text(s.Node[:]), Build: fmt.Sprintf("%x", s.Build),
 	}, nil
 }
 
@@ -157,4 +156,10 @@ func (m *Maps) inState(fn func([]byte)) error {
 	defer unix.Munmap(b)
 	fn(b)
 	return nil
+}
+
+// text is what comes before the first zero.
+func text(b []byte) string {
+	before, _, _ := bytes.Cut(b, []byte{0})
+	return string(before)
 }

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 
+	"github.com/caracal-net/caracal/internal/pause"
 	"github.com/caracal-net/caracal/store"
 )
 
@@ -201,21 +202,9 @@ func (s *Store) do(ctx context.Context, fn func(context.Context, *clientv3.Clien
 		if bounded.Err() == nil || last == nil {
 			last = err
 		}
-		if !unsent(err) || !pause(bounded, retry) {
+		if !unsent(err) || !pause.For(bounded, retry) {
 			return s.explain(ctx, last)
 		}
-	}
-}
-
-// pause waits and tells whether there is time left.
-func pause(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return false
-	case <-t.C:
-		return true
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc/metadata"
 
+	"github.com/caracal-net/caracal/internal/pause"
 	"github.com/caracal-net/caracal/store"
 )
 
@@ -114,7 +115,7 @@ func (w *watch) nextEvent(ctx context.Context) (store.Event, error) {
 			return w.event(e), nil
 		}
 		if w.told == nil {
-			if !w.failed.IsZero() && !pause(ctx, retry) {
+			if !w.failed.IsZero() && !pause.For(ctx, retry) {
 				continue
 			}
 			if err := w.begin(ctx); err != nil {
