@@ -51,7 +51,7 @@ static __always_inline int socket_stages(struct bpf_sk_lookup *ctx, struct packe
 	struct found_pod *pod;
 	struct flow *f;
 
-	if (!s || s->version != SCHEMA_VERSION || !bpf_map_lookup_elem(&caracal_pods, &ifindex))
+	if (!s || s->version != SCHEMA_VERSION || !is_pods(ifindex))
 		return VERDICT_NEXT;
 	p->epoch = READ_ONCE(s->epoch);
 	pod = find_self(ifindex, p->epoch);

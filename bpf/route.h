@@ -20,7 +20,9 @@ static __always_inline bool same_pod(const struct found_pod *f, const struct pod
 
 // copy_pod copies the entry of the pod behind an interface, as an epoch has it, to work()->sender or ->receiver. 1: there is
 // one. User space may replace an entry that a program looks at, and the kernel gives its place to whatever entry is written
-// next, at once. So what was copied is that pod's only if its entry is still in the same place afterwards, and says the same.
+// next, at once. So what was copied is that pod's only if its entry is still in the same place afterwards, and says the same;
+// and a look-up that is on its way past the old entry just then finds neither the old one nor the new one, so it is no answer
+// until it is repeated.
 __noinline int copy_pod(__u32 ifindex, __u32 epoch, int receiver)
 {
 	struct work *w = work();
@@ -34,7 +36,7 @@ __noinline int copy_pod(__u32 ifindex, __u32 epoch, int receiver)
 	for (int i = 0; i < 4; i++) {
 		pod = bpf_map_lookup_elem(&caracal_pods, &ifindex);
 		if (!pod)
-			return 0;
+			continue;
 		f->slot = pod->slot[epoch & 1];
 		__builtin_memcpy(f->mac, pod->mac, 12);
 		barrier();
@@ -44,6 +46,12 @@ __noinline int copy_pod(__u32 ifindex, __u32 epoch, int receiver)
 		}
 	}
 	return 0;
+}
+
+// is_pods tells whether an interface is a pod's, and touches no work(). Two look-ups: see copy_pod().
+static __always_inline bool is_pods(__u32 ifindex)
+{
+	return bpf_map_lookup_elem(&caracal_pods, &ifindex) || bpf_map_lookup_elem(&caracal_pods, &ifindex);
 }
 
 // find_self is the pod that sends, or NULL.

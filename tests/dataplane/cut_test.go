@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"github.com/caracal-net/caracal/api/selector"
@@ -293,4 +294,46 @@ func TestPodsRewritten(t *testing.T) {
 		}
 	}
 	t.Logf("%d rewrites, %d openings denied, %d allowed; counts %v", rewrites, tried, sent, got)
+}
+
+// While user space rewrites the pods' entries, each packet finds its two pods: the kernel's look-up may miss an entry that is being
+// replaced. Runs of the program alone look some twenty times as often as traffic makes them.
+func TestPodsFound(t *testing.T) {
+	b := newBench(t, loader.Config{})
+	b.rows(row(100, 0, 0, 0, 0, deny, 0))
+	b.policy(b.b, 0, 100)
+	frame := udp(b.a, b.v4pair()[0], b.v4pair()[1], 1)
+	check(t, frame, b.fromA(frame), "drop_policy_ingress")
+	before := b.node.counts()
+	stop := time.Now().Add(3 * time.Second)
+	const runs = 10_000
+	packets := uint64(0)
+	var load sync.WaitGroup
+	load.Go(func() {
+		if err := b.ns.Do(func() error {
+			for ; time.Now().Before(stop); packets += runs {
+				if _, err := b.programs["from_pod"].Run(&ebpf.RunOptions{Data: frame, Repeat: runs, Context: ctxOf(b.a)}); err != nil {
+					return err
+				}
+			}
+			return nil
+		}); err != nil {
+			t.Error(err)
+		}
+	})
+	rewrites := 0
+	for time.Now().Before(stop) {
+		for _, p := range []*pod{b.a, b.b} {
+			if err := b.maps.SettlePod(uint32(p.commit.IfIndex)); err != nil {
+				t.Fatal(err)
+			}
+			rewrites++
+		}
+	}
+	load.Wait()
+	got := b.node.since(before)
+	if len(got) != 1 || got["from_pod drop_policy_ingress"] < packets { // a run that a signal ends is begun again
+		t.Errorf("of %d packets between two pods: %v", packets, got)
+	}
+	t.Logf("%d rewrites, %d packets", rewrites, packets)
 }
