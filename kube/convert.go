@@ -33,42 +33,6 @@ const (
 	appliedAnnotation = "kubectl.kubernetes.io/last-applied-configuration"
 )
 
-// newList is an empty list of the kind's objects, to decode into.
-func (k *kind) newList() runtime.Object {
-	switch k.object {
-	case "Pod":
-		return &corev1.PodList{}
-	case "Service":
-		return &corev1.ServiceList{}
-	case "Namespace":
-		return &corev1.NamespaceList{}
-	case "ServiceAccount":
-		return &corev1.ServiceAccountList{}
-	}
-	if k.version == networkVersion {
-		return &networkingv1.NetworkPolicyList{}
-	}
-	return &objects{}
-}
-
-// newObject is an empty object of the kind, to decode into.
-func (k *kind) newObject() runtime.Object {
-	switch k.object {
-	case "Pod":
-		return &corev1.Pod{}
-	case "Service":
-		return &corev1.Service{}
-	case "Namespace":
-		return &corev1.Namespace{}
-	case "ServiceAccount":
-		return &corev1.ServiceAccount{}
-	}
-	if k.version == networkVersion {
-		return &networkingv1.NetworkPolicy{}
-	}
-	return &object{}
-}
-
 // read is what the store says of an object; false when that is nothing: a pod on its node's own network, an entry of another space.
 func (s space) read(k *kind, o runtime.Object) (kv store.KV, there bool, err error) {
 	m, err := meta.Accessor(o)

@@ -49,8 +49,8 @@ func (l *objects) DeepCopyObject() runtime.Object {
 	return &c
 }
 
-// codecs read the few types that are asked for: the whole of client-go's own would be some megabytes for nothing.
-var codecs = func() runtime.NegotiatedSerializer {
+// scheme has the few types that are asked for: the whole of client-go's own would be some megabytes for nothing.
+var scheme = func() *runtime.Scheme {
 	scheme := runtime.NewScheme()
 	scheme.AddKnownTypes(coreVersion,
 		&corev1.Pod{}, &corev1.PodList{}, &corev1.Namespace{}, &corev1.NamespaceList{}, &corev1.ServiceAccount{}, &corev1.ServiceAccountList{},
@@ -65,5 +65,21 @@ var codecs = func() runtime.NegotiatedSerializer {
 	for _, v := range versions {
 		metav1.AddToGroupVersion(scheme, v)
 	}
-	return serializer.NewCodecFactory(scheme).WithoutConversion()
+	return scheme
 }()
+
+var codecs = serializer.NewCodecFactory(scheme).WithoutConversion()
+
+// newObject is an empty object of the kind, to decode into.
+func (k *kind) newObject() runtime.Object { return k.empty(k.object) }
+
+// newList is an empty list of the kind's objects, to decode into.
+func (k *kind) newList() runtime.Object { return k.empty(k.object + "List") }
+
+func (k *kind) empty(name string) runtime.Object {
+	o, err := scheme.New(k.version.WithKind(name))
+	if err != nil {
+		panic(err) // the scheme has every kind
+	}
+	return o
+}
