@@ -64,6 +64,21 @@ func Put(t testing.TB, s store.Store, key, value string) store.Revision {
 	return r
 }
 
+// Follow watches what comes after what prefix has now, until ctx or the test ends.
+func Follow(ctx context.Context, t testing.TB, s store.Store, prefix string) store.Watch {
+	t.Helper()
+	_, at, err := s.List(ctx, prefix)
+	if err != nil {
+		t.Fatalf("list %q: %v", prefix, err)
+	}
+	w, err := s.Watch(ctx, prefix, at)
+	if err != nil {
+		t.Fatalf("watch %q: %v", prefix, err)
+	}
+	t.Cleanup(w.Close)
+	return w
+}
+
 // Next is the watch's next event.
 func Next(t testing.TB, w store.Watch) store.Event {
 	t.Helper()
@@ -434,12 +449,7 @@ func listWhileWriting(t *testing.T, s store.Store) {
 func watch(t *testing.T, s store.Store) {
 	ctx := Context(t)
 	Put(t, s, "/w/before", "")
-	_, at := list(t, s, "/w/")
-	w, err := s.Watch(ctx, "/w/", at)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer w.Close()
+	w := Follow(ctx, t, s, "/w/")
 	var want []store.Event
 	for i := range 5 {
 		key := fmt.Sprintf("/w/%d", i%2)
@@ -475,7 +485,7 @@ func watch(t *testing.T, s store.Store) {
 	}
 	// A closed one is too.
 	go func() { w.Close() }()
-	_, err = w.Next(Context(t))
+	_, err := w.Next(Context(t))
 	wantErr(t, "next of a closed watch", err, store.ErrClosed)
 }
 

@@ -171,15 +171,7 @@ func faults(t *testing.T, s *apiserver.Server) {
 
 	// A watch that is cut again and again, refused and silent in between, tells everything once, and lists nothing.
 	p.set(nil)
-	_, at, err := k.List(ctx, "/")
-	if err != nil {
-		t.Fatal(err)
-	}
-	w, err := k.Watch(ctx, "/", at)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer w.Close()
+	w := storetest.Follow(ctx, t, k, "/")
 	n := 0
 	p.set(func(w http.ResponseWriter, r *http.Request) bool {
 		if r.URL.Query().Get("watch") == "" {
@@ -323,18 +315,10 @@ func away(t *testing.T, s *apiserver.Server) {
 	ctx, cancel := context.WithTimeout(t.Context(), 4*storetest.Deadline)
 	defer cancel()
 	storetest.Put(t, patient, "/tiers/away", `{"apiVersion":"projectcalico.org/v3","kind":"Tier","metadata":{"name":"away"},"spec":{}}`)
-	_, at, err := patient.List(ctx, "/tiers/")
-	if err != nil {
-		t.Fatal(err)
-	}
-	w, err := hasty.Watch(ctx, "/tiers/", at)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer w.Close()
+	w := storetest.Follow(ctx, t, hasty, "/tiers/")
 	// It hangs.
 	resume := s.Pause()
-	_, err = hasty.Get(ctx, "/tiers/x")
+	_, err := hasty.Get(ctx, "/tiers/x")
 	resume()
 	if !errors.Is(err, store.ErrUnavailable) || !strings.Contains(err.Error(), "did not answer within 3s") {
 		t.Errorf("get while it hangs: %v", err)
@@ -360,15 +344,7 @@ func away(t *testing.T, s *apiserver.Server) {
 	if _, err := w.Next(ctx); !errors.Is(err, store.ErrCompacted) {
 		t.Errorf("and again: %v", err)
 	}
-	_, at, err = patient.List(ctx, "/")
-	if err != nil {
-		t.Fatal(err)
-	}
-	w2, err := patient.Watch(ctx, "/", at)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer w2.Close()
+	w2 := storetest.Follow(ctx, t, patient, "/")
 	s.Kubectl("", "label", "namespace", "default", "later=y", "--overwrite")
 	if e := storetest.Next(t, w2); e.Key != "/namespaces/default" || !strings.Contains(string(e.Value), `"later":"y"`) {
 		t.Errorf("after a restart: %+v", e)

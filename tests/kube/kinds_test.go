@@ -309,15 +309,7 @@ func refused(t *testing.T, s *apiserver.Server) {
 func pods(t *testing.T, s *apiserver.Server) {
 	ctx := storetest.Context(t)
 	k := open(t, s, kube.Config{})
-	_, at, err := k.List(ctx, "/pods/web/")
-	if err != nil {
-		t.Fatal(err)
-	}
-	w, err := k.Watch(ctx, "/pods/web/", at)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer w.Close()
+	w := storetest.Follow(ctx, t, k, "/pods/web/")
 	status := func(name, status string) {
 		s.Kubectl("", "patch", "pod", "-n", "web", name, "--subresource=status", "--type=merge", "-p", `{"status":`+status+`}`)
 	}
@@ -553,15 +545,7 @@ func later(t *testing.T, s *apiserver.Server) {
 	ctx := storetest.Context(t)
 	k := open(t, s, kube.Config{Look: 200 * time.Millisecond})
 	const prefix, key = "/adminnetworkpolicies.policy.networking.k8s.io/", "/adminnetworkpolicies.policy.networking.k8s.io/first"
-	_, at, err := k.List(ctx, "/")
-	if err != nil {
-		t.Fatal(err)
-	}
-	w, err := k.Watch(ctx, "/", at)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer w.Close()
+	w := storetest.Follow(ctx, t, k, "/")
 	s.Kubectl(adminPolicies, "apply", "-f", "-")
 	s.Kubectl("", "wait", "--for=condition=Established", "--timeout=60s", "crd/adminnetworkpolicies.policy.networking.k8s.io")
 	policy := `{"apiVersion":"policy.networking.k8s.io/v1alpha1","kind":"AdminNetworkPolicy","metadata":{"name":"first"},"spec":{"priority":5,"subject":{"namespaces":{}},"ingress":[{"action":"Deny","from":[{"namespaces":{}}]}]}}`
@@ -597,15 +581,7 @@ func undefined(t *testing.T, s *apiserver.Server) {
 func otherVersion(t *testing.T, s *apiserver.Server) {
 	k := open(t, s, kube.Config{Timeout: time.Second})
 	ctx := storetest.Context(t)
-	_, at, err := k.List(ctx, "/tiers/")
-	if err != nil {
-		t.Fatal(err)
-	}
-	w, err := k.Watch(ctx, "/tiers/", at)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer w.Close()
+	w := storetest.Follow(ctx, t, k, "/tiers/")
 	s.Kubectl("", "delete", "crd", "tiers.projectcalico.org")
 	defer func() {
 		s.Kubectl("", "delete", "crd", "tiers.projectcalico.org")
@@ -632,7 +608,7 @@ spec:
 			}
 		}
 	}
-	_, _, err = k.List(ctx, "/")
+	_, _, err := k.List(ctx, "/")
 	check("list", err)
 	for {
 		_, err = w.Next(ctx)
