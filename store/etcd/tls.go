@@ -13,6 +13,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/caracal-net/caracal/store"
 )
 
@@ -87,6 +89,10 @@ func name(file, what string) string {
 	return what
 }
 
+// shakes is how often a member that resets the connection is asked once more: one that closes it before it has read all we sent
+// resets it, and what it said, or that it closed it, is lost. Whether it has read all is chance.
+const shakes = 8
+
 // diagnose asks every member why there is no connection: the library only says that there is none. It returns nil unless
 // certificates keep us from all that can be reached.
 func (c *certificates) diagnose(ctx context.Context, endpoints []string) error {
@@ -98,7 +104,13 @@ func (c *certificates) diagnose(ctx context.Context, endpoints []string) error {
 	found := make([]error, len(endpoints))
 	var wg sync.WaitGroup
 	for i, e := range endpoints {
-		wg.Go(func() { found[i] = c.shake(ctx, host(e)) })
+		wg.Go(func() {
+			for range shakes {
+				if found[i] = c.shake(ctx, host(e)); !errors.Is(found[i], unix.ECONNRESET) {
+					return
+				}
+			}
+		})
 	}
 	wg.Wait()
 	var first error
