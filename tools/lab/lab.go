@@ -185,12 +185,7 @@ func Up(ctx context.Context, cfg Config) (_ *Lab, err error) {
 			return nil, fmt.Errorf("network namespace %s, which is not a lab's: %w", name, ErrExists)
 		}
 	}
-	if err := makeLabDir(l.Dir); errors.Is(err, os.ErrExist) {
-		return nil, fmt.Errorf("lab %s: %w (lab down --name %s)", l.Name, ErrExists, l.Name)
-	} else if err != nil {
-		return nil, fmt.Errorf("create lab: %w", err)
-	}
-	unlock, err := lockDir(ctx, l.Dir, unix.LOCK_EX)
+	unlock, err := l.take(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -209,6 +204,30 @@ func Up(ctx context.Context, cfg Config) (_ *Lab, err error) {
 	}
 	l.file.Up = true
 	return l, l.save()
+}
+
+// take makes and locks the directory of a new lab. Down may remove it in between, and Up of another process make it anew.
+func (l *Lab) take(ctx context.Context) (unlock func(), err error) {
+	exists := fmt.Errorf("lab %s: %w (lab down --name %s)", l.Name, ErrExists, l.Name)
+	for {
+		if err := makeLabDir(l.Dir); errors.Is(err, os.ErrExist) {
+			return nil, exists
+		} else if err != nil {
+			return nil, fmt.Errorf("create lab: %w", err)
+		}
+		unlock, err := lockDir(ctx, l.Dir, unix.LOCK_EX)
+		if errors.Is(err, ErrNotFound) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		if _, err := os.Stat(filepath.Join(l.Dir, labJSON)); err == nil {
+			unlock()
+			return nil, exists
+		}
+		return unlock, nil
+	}
 }
 
 // makeLabDir makes the directory of a new lab; it repeats when the last other lab takes the base directory along.
