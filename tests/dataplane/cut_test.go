@@ -220,6 +220,20 @@ func TestDenyMoves(t *testing.T) {
 	}
 }
 
+// rewrite writes the pods' entries again and again until stop, and says how often.
+func (n *node) rewrite(stop time.Time, pods ...*pod) (rewrites int) {
+	n.t.Helper()
+	for time.Now().Before(stop) {
+		for _, p := range pods {
+			if err := n.maps.SettlePod(uint32(p.commit.IfIndex)); err != nil {
+				n.t.Fatal(err)
+			}
+			rewrites++
+		}
+	}
+	return rewrites
+}
+
 // Whatever user space does to the pods' entries meanwhile, a packet is judged by its own two pods' policy: what is denied does
 // not get through, and what is allowed is neither lost nor sent astray. The kernel gives the place of an entry that is replaced to the
 // next one at once, while programs may still look at it.
@@ -243,7 +257,7 @@ func TestPodsRewritten(t *testing.T) {
 	}
 	before, there, back := n.counts(), open.there.sent.Load(), open.back.sent.Load()
 	stop := time.Now().Add(3 * time.Second)
-	rewrites, tried := 0, 0
+	tried := 0
 	var load sync.WaitGroup
 	load.Go(func() {
 		for port := 0; time.Now().Before(stop); port++ {
@@ -265,14 +279,7 @@ func TestPodsRewritten(t *testing.T) {
 			}
 		}
 	})
-	for time.Now().Before(stop) {
-		for _, p := range []*pod{a, b, c, d} {
-			if err := n.maps.SettlePod(uint32(p.commit.IfIndex)); err != nil {
-				t.Fatal(err)
-			}
-			rewrites++
-		}
-	}
+	rewrites := n.rewrite(stop, a, b, c, d)
 	load.Wait()
 	open.end()
 	got := n.since(before)
@@ -321,15 +328,7 @@ func TestPodsFound(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	rewrites := 0
-	for time.Now().Before(stop) {
-		for _, p := range []*pod{b.a, b.b} {
-			if err := b.maps.SettlePod(uint32(p.commit.IfIndex)); err != nil {
-				t.Fatal(err)
-			}
-			rewrites++
-		}
-	}
+	rewrites := b.rewrite(stop, b.a, b.b)
 	load.Wait()
 	got := b.node.since(before)
 	if len(got) != 1 || got["from_pod drop_policy_ingress"] < packets { // a run that a signal ends is begun again
