@@ -89,7 +89,7 @@ func name(file, what string) string {
 	return what
 }
 
-// shakes is how often a member that resets the connection is asked once more: one that closes it before it has read all we sent
+// shakes is how often a member is asked at most while it resets the connection: one that closes it before it has read all we sent
 // resets it, and what it said, or that it closed it, is lost. Whether it has read all is chance.
 const shakes = 8
 

@@ -67,10 +67,7 @@ func Put(t testing.TB, s store.Store, key, value string) store.Revision {
 // Follow watches what comes after what prefix has now, until ctx or the test ends.
 func Follow(ctx context.Context, t testing.TB, s store.Store, prefix string) store.Watch {
 	t.Helper()
-	_, at, err := s.List(ctx, prefix)
-	if err != nil {
-		t.Fatalf("list %q: %v", prefix, err)
-	}
+	_, at := list(t, s, prefix)
 	w, err := s.Watch(ctx, prefix, at)
 	if err != nil {
 		t.Fatalf("watch %q: %v", prefix, err)
